@@ -1,0 +1,93 @@
+# A fresh machine needs Python 3.11 to 3.13 with venv, make, and free disk; `make check` says what is missing.
+# Every target that runs something first makes the environment, .venv, from requirements.lock.
+PYTHON ?= python3
+UV ?= uv
+PORT ?= 5000
+# Passed on to the tool of the target, as in: make table1 OPTIONS="--config 'seeds=[0, 1]'"
+OPTIONS ?=
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+INSTALLED := .venv/requirements.lock
+# PyPI's torch for Linux brings CUDA: 3.3 GB to download, 6.1 GB installed.
+GIGABYTES := $(if $(filter Linux,$(shell uname -s)),8,3)
+
+.PHONY: help check setup table1 all ui test test-slow lint docs lock
+
+help: ## list what there is
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+check: ## is there all that the environment needs?
+	@missing=0; need() { echo "missing: $$*" >&2; missing=1; }; \
+	version='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'; \
+	if ! command -v $(PYTHON) > /dev/null; then \
+	    need "$(PYTHON). Install Python 3.11 to 3.13 (Debian, Ubuntu: apt-get install python3 python3-venv)"; \
+	elif ! $(PYTHON) -c "$$version"; then \
+	    need "Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1)"; \
+	    for other in python3.13 python3.12 python3.11; do \
+	        if command -v $$other > /dev/null && $$other -c "$$version" 2> /dev/null; then \
+	            echo "         $$other is there: add PYTHON=$$other to the command" >&2; break; \
+	        fi; \
+	    done; \
+	elif ! $(PYTHON) -c 'import ensurepip, venv' 2> /dev/null; then \
+	    need "the venv module of $(PYTHON) (Debian, Ubuntu: apt-get install python3-venv)"; \
+	fi; \
+	free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1000000) }'); \
+	if [ ! -e $(INSTALLED) ] && [ "$$free" -lt $(GIGABYTES) ]; then \
+	    need "disk: the environment needs $(GIGABYTES) GB here, $$free GB are free"; \
+	fi; \
+	temporary=$$(df -Pk "$${TMPDIR:-/tmp}" | awk 'NR == 2 { print int($$4 / 1000000) }'); \
+	if [ ! -e $(INSTALLED) ] && [ "$$temporary" -lt $$(($(GIGABYTES) / 2)) ]; then \
+	    need "disk: pip unpacks in $${TMPDIR:-/tmp}, $$temporary GB are free there;" \
+	        "set TMPDIR to a folder with $$(($(GIGABYTES) / 2)) GB"; \
+	fi; \
+	command -v git > /dev/null || echo "note: no git; results will not record the commit they were made with" >&2; \
+	if [ $$missing = 1 ]; then exit 1; fi; \
+	echo "$$($(PYTHON) --version), $$free GB free: ready"
+
+setup: $(INSTALLED) ## make the environment, .venv, with the pinned packages
+
+$(INSTALLED): requirements.lock
+	@$(MAKE) check
+	@echo "installing the packages of requirements.lock into .venv (on Linux 3.3 GB to download)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes --quiet --progress-bar off -r requirements.lock
+	@cp requirements.lock $(INSTALLED)
+
+table1: setup ## the paper's tables, from raw data on: results/table1.csv, table2.csv, tables.md
+	$(BIN)/snakemake --cores all results/table1.csv $(OPTIONS)
+
+all: setup ## everything the workflow makes
+	$(BIN)/snakemake --cores all $(OPTIONS)
+
+ui: setup ## browse runs, metrics and artifacts at http://127.0.0.1:5000 (PORT=...)
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) $(OPTIONS)
+
+test: lint ## format, lint and type checks, then the tests with the workflow end to end
+	$(BIN)/pytest $(OPTIONS)
+
+test-slow: setup ## the tests that take minutes each
+	$(BIN)/pytest -m slow $(OPTIONS)
+
+lint: setup ## format, lint and type checks alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check --quiet Snakefile rules
+	$(BIN)/snakemake --lint
+
+docs: setup ## config.yaml, config.schema.json and docs/configuration.md from workflow_scripts/configuration.py
+	$(BIN)/python -m workflow_scripts.configuration
+
+lock: ## uv.lock, requirements.lock and envs/softpref.yaml from pyproject.toml (needs uv; OPTIONS=--upgrade for newer)
+	$(UV) lock $(OPTIONS)
+	$(UV) export --frozen --quiet --all-groups --no-emit-project --format requirements-txt -o requirements.lock
+	@{ sed '/- pip:/q' envs/softpref.yaml; \
+	   $(UV) export --frozen --quiet --no-dev --no-emit-project --no-hashes --no-annotate --no-header \
+	       --format requirements-txt | sed 's/.*/      - "&"/'; } > envs/softpref.yaml.new
+	@mv envs/softpref.yaml.new envs/softpref.yaml

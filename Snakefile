@@ -1,0 +1,59 @@
+# softpref: from published preference data to the paper's tables.
+#
+# The grammar of every path:
+#   {dataset}  imagereward | hpsv2                    {split}  train | validation | test
+#   {track}    training set, with its protocol: imagereward (pointwise), hpsv2 (pairwise)
+#   {policy}   zeroshot | grpo                        {test}   data set it is tested on
+#   {seed} {shard} {block}   numbers; a shard is so many test prompts, a block so many rollouts of each item
+# Every job writes one sidecar, <first output>.provenance.json, an output that is never an input.
+# The parameters of every rule are two strings: the canonical configuration it uses and the digest of its code.
+import os
+import sys
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+sys.path.insert(0, str(workflow.basedir))
+
+from workflow_scripts import configuration as configurations
+from workflow_scripts import stage_configuration as stages
+from workflow_scripts.provenance import code_digest, stage_environment
+
+
+configfile: os.path.join(workflow.basedir, "config.yaml")
+
+
+configuration = configurations.load(config)
+os.environ.update(stage_environment(configuration))
+RESULTS = configuration.results
+DOWNLOADS = configuration.downloads
+RESOURCES = {"gpu": int(configuration.policy.device == "cuda")}
+
+
+wildcard_constraints:
+    dataset="imagereward|hpsv2",
+    track="imagereward|hpsv2",
+    test="imagereward|hpsv2",
+    policy="zeroshot|grpo",
+    split="train|validation|test",
+    seed=r"\d+",
+    shard=r"\d{4}",
+    block=r"\d{4}",
+
+
+rule all:
+    default_target: True
+    input:
+        f"{RESULTS}/table1.csv",
+        f"{RESULTS}/table2.csv",
+        f"{RESULTS}/comparisons.csv",
+        f"{RESULTS}/sensitivity.csv",
+        f"{RESULTS}/tables.md",
+
+
+include: "rules/datasets.smk"
+include: "rules/policies.smk"
+include: "rules/training.smk"
+include: "rules/rollouts.smk"
+include: "rules/scoring.smk"
+include: "rules/tables.smk"

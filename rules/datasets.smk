@@ -1,0 +1,145 @@
+# Raw layouts, canonical annotations, what is kept of them, and the images of that.
+
+
+rule synthesize_dataset:
+    output:
+        record=f"{DOWNLOADS}/synthetic/{{dataset}}/dataset.json",
+        provenance=f"{DOWNLOADS}/synthetic/{{dataset}}/dataset.json.provenance.json",
+    log:
+        f"{RESULTS}/logs/synthesize_dataset/{{dataset}}.log",
+    conda:
+        "../envs/softpref.yaml"
+    params:
+        config=lambda w: stages.SynthesizeDataset.of(
+            configuration, w.dataset
+        ).canonical(),
+        code=code_digest("synthesize_dataset"),
+    shell:
+        "python -m workflow_scripts.synthesize_dataset --output {output.record}"
+        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+
+
+rule download_dataset:
+    output:
+        record=f"{DOWNLOADS}/hub/{{dataset}}/dataset.json",
+        provenance=f"{DOWNLOADS}/hub/{{dataset}}/dataset.json.provenance.json",
+    log:
+        f"{RESULTS}/logs/download_dataset/{{dataset}}.log",
+    conda:
+        "../envs/softpref.yaml"
+    params:
+        config=lambda w: stages.DownloadDataset.of(configuration, w.dataset).canonical(),
+        code=code_digest("download_dataset"),
+    shell:
+        "python -m workflow_scripts.download_dataset --output {output.record}"
+        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+
+
+rule read_annotations:
+    input:
+        record=lambda w: stages.dataset_record(configuration, w.dataset),
+    output:
+        preferences=f"{RESULTS}/datasets/{{dataset}}/{{split}}/preferences.parquet",
+        provenance=f"{RESULTS}/datasets/{{dataset}}/{{split}}/preferences.parquet.provenance.json",
+    log:
+        f"{RESULTS}/logs/read_annotations/{{dataset}}-{{split}}.log",
+    conda:
+        "../envs/softpref.yaml"
+    params:
+        config=lambda w: stages.ReadAnnotations.of(
+            configuration, w.dataset, w.split
+        ).canonical(),
+        code=code_digest("read_annotations"),
+    shell:
+        "python -m workflow_scripts.read_annotations --record {input.record} --output {output.preferences}"
+        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+
+
+rule select_training_subset:
+    input:
+        preferences=f"{RESULTS}/datasets/{{dataset}}/train/preferences.parquet",
+        test=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
+    output:
+        subset=f"{RESULTS}/datasets/{{dataset}}/train/subset.parquet",
+        provenance=f"{RESULTS}/datasets/{{dataset}}/train/subset.parquet.provenance.json",
+    log:
+        f"{RESULTS}/logs/select_subset/{{dataset}}-train.log",
+    conda:
+        "../envs/softpref.yaml"
+    params:
+        config=lambda w: stages.SelectSubset.of(
+            configuration, w.dataset, "train"
+        ).canonical(),
+        code=code_digest("select_subset"),
+    shell:
+        "python -m workflow_scripts.select_subset --preferences {input.preferences} --test_preferences {input.test}"
+        " --output {output.subset} --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+
+
+# HPDv2 has no validation split: its validation prompts come from the far end of the training prompts' hash order.
+rule select_validation_subset:
+    input:
+        preferences=lambda w: f"{RESULTS}/datasets/{w.dataset}/{stages.VALIDATION_FROM[w.dataset]}/preferences.parquet",
+        train=lambda w: stages.separate_training_preferences(configuration, w.dataset),
+        test=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
+    output:
+        subset=f"{RESULTS}/datasets/{{dataset}}/validation/subset.parquet",
+        provenance=f"{RESULTS}/datasets/{{dataset}}/validation/subset.parquet.provenance.json",
+    log:
+        f"{RESULTS}/logs/select_subset/{{dataset}}-validation.log",
+    conda:
+        "../envs/softpref.yaml"
+    params:
+        config=lambda w: stages.SelectSubset.of(
+            configuration, w.dataset, "validation"
+        ).canonical(),
+        code=code_digest("select_subset"),
+    shell:
+        "python -m workflow_scripts.select_subset --preferences {input.preferences} --test_preferences {input.test}"
+        " $(test -z '{input.train}' || echo --train_preferences {input.train}) --output {output.subset}"
+        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+
+
+rule order_test_prompts:
+    input:
+        preferences=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
+    output:
+        subset=f"{RESULTS}/datasets/{{dataset}}/test/subset.parquet",
+        provenance=f"{RESULTS}/datasets/{{dataset}}/test/subset.parquet.provenance.json",
+    log:
+        f"{RESULTS}/logs/select_subset/{{dataset}}-test.log",
+    conda:
+        "../envs/softpref.yaml"
+    params:
+        config=lambda w: stages.SelectSubset.of(
+            configuration, w.dataset, "test"
+        ).canonical(),
+        code=code_digest("select_subset"),
+    shell:
+        "python -m workflow_scripts.select_subset --preferences {input.preferences} --output {output.subset}"
+        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+
+
+rule read_images:
+    input:
+        record=lambda w: stages.dataset_record(configuration, w.dataset),
+        subset=f"{RESULTS}/datasets/{{dataset}}/{{split}}/subset.parquet",
+    output:
+        images=f"{RESULTS}/datasets/{{dataset}}/{{split}}/images-{{shard}}.parquet",
+        listing=f"{RESULTS}/datasets/{{dataset}}/{{split}}/images-{{shard}}.json",
+        provenance=f"{RESULTS}/datasets/{{dataset}}/{{split}}/images-{{shard}}.parquet.provenance.json",
+    log:
+        f"{RESULTS}/logs/read_images/{{dataset}}-{{split}}-{{shard}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/read_images/{{dataset}}-{{split}}-{{shard}}.tsv"
+    conda:
+        "../envs/softpref.yaml"
+    params:
+        config=lambda w: stages.ReadImages.of(
+            configuration, w.dataset, w.split, int(w.shard)
+        ).canonical(),
+        code=code_digest("read_images"),
+    shell:
+        "python -m workflow_scripts.read_images --record {input.record} --subset {input.subset}"
+        " --output {output.images} --listing {output.listing}"
+        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"

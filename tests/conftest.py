@@ -1,0 +1,94 @@
+"""What several test files need: the bundled policy, pictures to show it, and stages run in this process."""
+
+import importlib
+import io
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
+from workflow_scripts.provenance import ROOT, described, sidecar_path, write_json
+
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the checkout
+
+
+@pytest.fixture(scope="session")
+def base_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the manifest of the bundled policy."""
+    path = tmp_path_factory.mktemp("base") / "manifest.json"
+    path.write_text(json.dumps({"path": "models/tiny-qwen2.5-vl", "repository": None}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def policies(base_manifest: Path) -> dict[str, Any]:
+    """Return the bundled policy with the question of each track."""
+    from workflow_scripts.configuration import Configuration
+    from workflow_scripts.policy.loading import load_policy
+    from workflow_scripts.stage_configuration import ModelConfig
+
+    return {
+        track: load_policy(base_manifest, None, ModelConfig.of(Configuration(), track))  # type: ignore[arg-type]
+        for track in ("imagereward", "hpsv2")
+    }
+
+
+@pytest.fixture(scope="session")
+def scenes() -> list[tuple[str, dict[str, Image.Image]]]:
+    """Return prompts with four named pictures each."""
+    rng = random.Random("tests")
+    found = []
+    for number in range(4):
+        asked, background = sample_prompt(rng, test=False)
+        drawn = [sample_scene(rng, asked, background) for _ in range(4)]
+        found.append((drawn[0].prompt, {f"{number}-{i}": draw(scene) for i, scene in enumerate(drawn)}))
+    return found
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Return a function that runs a stage in this process by its command line and returns its sidecar."""
+
+    def run(stage: str, config: Any, positional: tuple[Path, ...] = (), **files: Any) -> dict[str, Any]:
+        words = [str(path) for path in positional]
+        for name, value in files.items():
+            values = value if isinstance(value, list) else [value]
+            words += [word for path in values for word in (f"--{name}", str(path))]
+        monkeypatch.setattr(sys, "argv", [stage, *words, "--config", config.canonical()])
+        module = importlib.import_module(f"workflow_scripts.{stage}")
+        module.main()
+        names = [n for n, f in module.Arguments.model_fields.items() if "output" in f.metadata]
+        return json.loads(sidecar_path(Path(files[names[0]])).read_text())
+
+    return run
+
+
+@pytest.fixture
+def with_sidecar() -> Callable[..., Path]:
+    """Return a function that gives hand-made files the sidecar that a stage would have written."""
+
+    def write(output: Path, *others: Path, **record: Any) -> Path:
+        outputs = {path.name: described(path) for path in (output, *others)}
+        defaults = {"config": {}, "inputs": {}, "outputs": outputs, "warnings": [], "mlflow_run_id": None}
+        write_json(sidecar_path(output), defaults | record)
+        return output
+
+    return write
+
+
+def encoded(image: Image.Image) -> bytes:
+    """PNG bytes of a picture."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+assert (ROOT / "models" / "tiny-qwen2.5-vl").is_dir()

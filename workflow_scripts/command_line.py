@@ -1,0 +1,56 @@
+"""Command lines of the stages: typed arguments, files marked as read or written."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+Input = Annotated[Path, "input"]
+Output = Annotated[Path, "output"]
+
+
+class StageArguments(BaseSettings):
+    """Arguments that every stage has; a stage adds its files, marked `Input` or `Output`, and its `config`.
+
+    The sidecar of the stage stands beside its first output: `<output>.provenance.json`.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        cli_kebab_case=False,
+        cli_enforce_required=False,  # `--config JSON` brings the keys that argparse would otherwise ask for one by one
+    )
+
+    code_digest: str = ""
+    """Digest of the code this stage runs, computed by the workflow; empty: computed by the stage."""
+    log_file: Path | None = None
+    """Log of this job, attached to its MLflow run."""
+
+    @classmethod
+    def parse(cls, arguments: list[str] | None = None) -> Self:
+        """Parse the command line; unknown options and wrong values end it with a usage message."""
+        return CliApp.run(cls, cli_args=sys.argv[1:] if arguments is None else arguments)
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
+        """Only the command line: a stage must not depend on variables of the environment."""
+        return (init_settings,)
+
+    def files(self, role: str) -> dict[str, list[Path]]:
+        """Files marked `input` or `output`, by argument; absent optional ones are left out."""
+        found = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if role in _marks(field) and value:
+                found[name] = list(value) if isinstance(value, list) else [value]
+        return found
+
+
+def _marks(field: object) -> list[object]:
+    """Marks of a field, also of `list[Input]` and `Input | None`."""
+    marks = list(getattr(field, "metadata", []))
+    for inner in getattr(getattr(field, "annotation", None), "__args__", ()):
+        marks += getattr(inner, "__metadata__", ())
+    return marks

@@ -1,0 +1,560 @@
+"""The configuration: one typed model that is the source of defaults, schema, reference page and error messages.
+
+`python -m workflow_scripts.configuration` writes config.yaml, config.schema.json and docs/configuration.md from it.
+"""
+
+import difflib
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Dataset = Literal["imagereward", "hpsv2"]
+Track = Literal["imagereward", "hpsv2"]
+Split = Literal["train", "validation", "test"]
+
+PROTOCOL: dict[str, Literal["pointwise", "pairwise"]] = {"imagereward": "pointwise", "hpsv2": "pairwise"}
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones are refused, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ImageRewardHub(Section):
+    """Where ImageRewardDB is published."""
+
+    repository: str = "zai-org/ImageRewardDB"
+    """Data set repository on the Hub."""
+    revision: str = "main"
+    """Commit, tag or branch; a commit id pins the data."""
+    train_archives: int = Field(32, ge=1, le=32)
+    """Training archives to use, train_1.zip and following: 4, 8, 16, 32 are the published 1k, 2k, 4k, 8k sets."""
+
+
+class Hpdv2Hub(Section):
+    """Where HPDv2 is published."""
+
+    repository: str = "ymhao/HPDv2"
+    """Data set repository on the Hub."""
+    revision: str = "main"
+    """Commit, tag or branch; a commit id pins the data."""
+
+
+class ImageRewardWorld(Section):
+    """Size of the synthetic ImageRewardDB."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of prompts, images and annotators."""
+    train_prompts: int = Field(640, ge=8)
+    """Training prompts, 4 to 9 images each."""
+    validation_prompts: int = Field(120, ge=4)
+    """Validation prompts."""
+    test_prompts: int = Field(2000, ge=4)
+    """Test prompts; see the power estimate in docs/synthetic-world.md."""
+    prompts_per_archive: int = Field(250, ge=1)
+    """Prompts in one zip archive."""
+    unreadable_images: int = Field(4, ge=0)
+    """Training images published empty or truncated, as in the real data."""
+
+
+class Hpdv2World(Section):
+    """Size of the synthetic HPDv2."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of prompts, images and annotators."""
+    train_prompts: int = Field(1600, ge=8)
+    """Training prompts, 4 images and 6 pairs each."""
+    test_prompts: int = Field(400, ge=4)
+    """Test prompts, 9 or 10 images each; the published number is 400."""
+    unreadable_images: int = Field(4, ge=0)
+    """Training images published empty or truncated, as in the real data."""
+
+
+class ImageRewardData(Section):
+    """ImageRewardDB: ratings and ranks of 4 to 9 images a prompt."""
+
+    source: Literal["synthetic", "hub"] = "synthetic"
+    """The embedded synthetic world or the published data."""
+    hub: ImageRewardHub = ImageRewardHub()
+    synthetic: ImageRewardWorld = ImageRewardWorld()
+    train_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the training prompts to keep, by seeded hash."""
+    subsample_by: Literal["prompt"] = "prompt"
+    """What the fraction counts."""
+    subsample_seed: int = Field(0, ge=0)
+    """Seed of the hash that orders prompts, for the fraction and for validation and test shards."""
+    drop_overlap: bool = True
+    """Drop training and validation prompts whose id or text also occurs in the test split (validation: train too)."""
+    validation_prompts: int = Field(120, ge=1)
+    """Validation prompts used during training, first in hash order."""
+    test_prompts: int = Field(2000, ge=1)
+    """Test prompts used, first in hash order; the published test split has 466."""
+
+
+class Hpdv2Data(Section):
+    """HPDv2 ("HPSv2" in the paper): pairs for training, ranks of 9 or 10 images a prompt for testing."""
+
+    source: Literal["synthetic", "hub"] = "synthetic"
+    """The embedded synthetic world or the published data."""
+    hub: Hpdv2Hub = Hpdv2Hub()
+    synthetic: Hpdv2World = Hpdv2World()
+    train_fraction: float = Field(0.25, gt=0, le=1)
+    """Share of the training data to keep, by seeded hash (paper §4: 25 %)."""
+    subsample_by: Literal["prompt", "pair"] = "prompt"
+    """Whether the fraction counts prompts (all pairs of a kept prompt) or single pairs."""
+    subsample_seed: int = Field(0, ge=0)
+    """Seed of the hash that orders prompts and pairs."""
+    drop_overlap: bool = True
+    """Drop training and validation prompts whose id or text also occurs in the test split."""
+    validation_prompts: int = Field(100, ge=1)
+    """Validation prompts, from the other end of the hash range than the kept ones (HPDv2 has no validation split)."""
+    test_prompts: int = Field(400, ge=1)
+    """Test prompts used, first in hash order; the published test split has 400."""
+
+
+class Datasets(Section):
+    """The two data sets."""
+
+    imagereward: ImageRewardData = ImageRewardData()
+    hpsv2: Hpdv2Data = Hpdv2Data()
+
+
+class ColdStart(Section):
+    """How the bundled tiny policy was made; `source: cold_start` makes it again."""
+
+    caption_steps: int = Field(400, ge=0)
+    """Steps of describing single images."""
+    trace_steps: int = Field(2400, ge=1)
+    """Steps of reasoning traces, ratings and pairs side by side."""
+    batch: int = Field(32, ge=1)
+    """Examples of each kind in a step."""
+    muon_learning_rate: float = Field(0.02, gt=0)
+    """Peak learning rate of Muon, for weight matrices."""
+    adamw_learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW, for everything else."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, scenes and teacher."""
+
+
+class PolicyHub(Section):
+    """A base policy from the Hub."""
+
+    repository: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """Model repository."""
+    revision: str = "main"
+    """Commit, tag or branch; a commit id pins the weights."""
+
+
+class Policy(Section):
+    """The base policy."""
+
+    source: Literal["bundled", "cold_start", "hub"] = "bundled"
+    """The tiny Qwen2.5-VL of this repository, the same made again from scratch, or a model of the Hub."""
+    bundled: str = "models/tiny-qwen2.5-vl"
+    """Folder of the bundled model, relative to the repository."""
+    cold_start: ColdStart = ColdStart()
+    hub: PolicyHub = PolicyHub()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Numeric type of the weights in memory."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the policy runs."""
+    min_pixels: int = Field(784, ge=784)
+    """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token)."""
+    max_pixels: int = Field(7056, ge=784)
+    """An image with more pixels is scaled down to this area; the paper's run: 200704 = 256 visual tokens."""
+
+
+class Prompts(Section):
+    """What the policy is asked; `{image}` stands where an image is shown, `{prompt}` for the text prompt."""
+
+    pointwise: str = "{image} prompt: {prompt}. rate the image from 1 to 7."
+    """One image, to be rated 1 to 7."""
+    pairwise: str = "one: {image} two: {image} prompt: {prompt}. is two better, 1 or 0."
+    """Two images; the answer 1 means that the second one is preferred. Text must stand before each image."""
+
+    @field_validator("pointwise", "pairwise")
+    @classmethod
+    def _placeholders(cls, value: str, info: Any) -> str:
+        wanted = 1 if info.field_name == "pointwise" else 2
+        if value.count("{image}") != wanted or value.count("{prompt}") != 1:
+            raise ValueError(f"must contain {{image}} {wanted} time(s) and {{prompt}} once")
+        return value
+
+
+class PointwiseRewards(Section):
+    """Weights of the rewards for ratings (paper §4)."""
+
+    format: float = Field(1.0, ge=0)
+    """Thought and answer in their tags."""
+    exact: float = Field(1.0, ge=0)
+    """Answer equals the annotator's rating."""
+    approximate: float = Field(1.0, ge=0)
+    """1, 0.75, 0.5 for a distance of 0, 1, 2 from the annotator's rating, else 0."""
+
+
+class PairwiseRewards(Section):
+    """Weights of the rewards for pairs (paper §4)."""
+
+    format: float = Field(1.0, ge=0)
+    """Thought and answer in their tags."""
+    exact: float = Field(1.0, ge=0)
+    """Answer names the preferred image."""
+
+
+class Lora(Section):
+    """Low-rank adapter on the language model."""
+
+    rank: int = Field(16, ge=1)
+    """Rank."""
+    alpha: int = Field(32, ge=1)
+    """Scale; the update is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    """Regular expression of the adapted layers; it must not match the vision tower."""
+
+
+class Training(Section):
+    """GRPO with LoRA (paper §2.2); docs/method.md says which key is which symbol of the paper."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    prompts_per_step: int = Field(16, ge=1)
+    """Training items (states s) in one step."""
+    group_size: int = Field(8, ge=2)
+    """Completions sampled for each item, G."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Parts in which one step's completions pass through the model: less memory, same result but for rounding."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak learning rate, linear warm-up, then constant."""
+    warmup_steps: int = Field(5, ge=0)
+    """Steps of warm-up."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clipping."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of the rollouts in training."""
+    max_completion_tokens: int = Field(64, ge=8)
+    """Longest completion in training; a longer one is cut and earns no format reward."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    """How token losses are averaged; "grpo" is the mean over each completion, then over the group."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What divides the advantage: the group's standard deviation sigma (paper §2.2.1), the batch's, or nothing."""
+    importance_sampling_level: Literal["token", "sequence"] = "sequence"
+    """Ratio rho per completion (paper §2.2.2, length-normalised by TRL) or per token."""
+    epsilon: float = Field(0.2, gt=0)
+    """Clip of the ratio."""
+    beta: float = Field(0.01, ge=0)
+    """Weight of the KL penalty to the reference policy (the adapter switched off)."""
+    num_iterations: int = Field(1, ge=1)
+    """Updates on each batch of rollouts; with 1 the ratio is 1 and the clip idle."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory; for large models."""
+    lora: Lora = Lora()
+    validate_every: int = Field(10, ge=1)
+    """Steps between validations and checkpoints; a multiple of num_iterations."""
+    validation_rollouts: int = Field(1, ge=1)
+    """Rollouts of each validation item."""
+    collapse_share: float = Field(0.9, gt=0, le=1)
+    """A policy that gives one answer in more than this share of its rollouts is reported as collapsed."""
+
+    @model_validator(mode="after")
+    def _cycles(self) -> "Training":
+        if self.validate_every % self.num_iterations:
+            raise ValueError("validate_every must be a multiple of num_iterations, or a resumed run differs")
+        if (self.prompts_per_step * self.group_size) % self.gradient_accumulation:
+            raise ValueError("gradient_accumulation must divide prompts_per_step * group_size")
+        return self
+
+
+class PointwiseTraining(Training):
+    """Training on ratings of single images (ImageReward)."""
+
+    steps: int = Field(60, ge=1)
+    """Optimizer steps."""
+    rewards: PointwiseRewards = PointwiseRewards()
+
+
+class PairwiseTraining(Training):
+    """Training on pairs of images (HPSv2)."""
+
+    steps: int = Field(60, ge=1)
+    """Optimizer steps."""
+    rewards: PairwiseRewards = PairwiseRewards()
+
+
+class TrainingByTrack(Section):
+    """Training of each track."""
+
+    imagereward: PointwiseTraining = PointwiseTraining()
+    hpsv2: PairwiseTraining = PairwiseTraining()
+
+
+class Sampling(Section):
+    """How one rollout is sampled; the model's own generation_config is ignored."""
+
+    temperature: float = Field(1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus: keep the most probable tokens up to this mass."""
+    top_k: int = Field(0, ge=0)
+    """Keep that many most probable tokens; 0 keeps all."""
+    max_thinking_tokens: int = Field(64, ge=1)
+    """Budget of the thinking; where it ends without an answer, the engine closes it and reads the logits there."""
+    max_answer_tokens: int = Field(4, ge=2)
+    """Tokens allowed after `<answer>`, the closing tag included."""
+
+
+class Rollouts(Section):
+    """Recording of rollouts on the test sets."""
+
+    engine: Literal["transformers"] = "transformers"
+    """What generates."""
+    sampling: Sampling = Sampling()
+    block_size: int = Field(3, ge=1)
+    """Rollouts of every item in one block; a block is one job and one file for each shard."""
+    blocks: int = Field(1, ge=1)
+    """Blocks to record: blocks x block_size rollouts of every item."""
+    shard_prompts: int = Field(1000, ge=1)
+    """Prompts in one shard, in hash order."""
+    batch_items: int = Field(64, ge=1)
+    """Items that one forward pass prefills together."""
+    both_orders: bool = False
+    """Pairwise: show every pair in both orders and average; twice the rollouts."""
+
+
+class Bootstrap(Section):
+    """Intervals by resampling prompts."""
+
+    resamples: int = Field(2000, ge=100)
+    """Bootstrap resamples."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Confidence level of the intervals."""
+    seed: int = Field(0, ge=0)
+    """Seed of the resampling."""
+
+
+class Scoring(Section):
+    """What is made of the recorded logits; rerunning it needs no model."""
+
+    report_k: list[int] = [1, 3]
+    """The k of Mean@k to report; each at most blocks x block_size."""
+    missing_answer: Literal["wrong", "neutral", "dropped"] = "wrong"
+    """An image without a valid sampled answer: its pairs are wrong, it gets the middle score, or its pairs drop out."""
+    bootstrap: Bootstrap = Bootstrap()
+
+    @field_validator("report_k")
+    @classmethod
+    def _ascending(cls, value: list[int]) -> list[int]:
+        if not value or min(value) < 1 or sorted(set(value)) != value:
+            raise ValueError("must be ascending whole numbers from 1, such as [1, 3]")
+        return value
+
+
+class CrossTest(Section):
+    """A policy trained on one data set and tested on the other."""
+
+    track: Track
+    """Training set."""
+    test: Dataset
+    """Test set."""
+
+
+class Tracking(Section):
+    """MLflow; no key of this section reruns anything."""
+
+    enabled: bool = True
+    """Log every stage as a run."""
+    uri: str = "sqlite:///mlflow.db"
+    """Tracking store; the environment variable MLFLOW_TRACKING_URI wins."""
+    experiment: str = "softpref"
+    """Experiment name."""
+    artifact_megabytes: float = Field(20.0, ge=0)
+    """Larger outputs are logged by digest and path instead of a copy."""
+
+
+class Configuration(Section):
+    """Root of the configuration."""
+
+    results: str = "results"
+    """Folder of everything made; two configurations need two folders."""
+    downloads: str = "results/downloads"
+    """Folder of the raw data sets, shared by all configurations."""
+    seeds: list[int] = [0]
+    """Seeds of training and rollouts; with several, tables show each and the pooled result."""
+    tracks: list[Track] = ["imagereward", "hpsv2"]
+    """Training sets to run."""
+    cross_tests: list[CrossTest] = []
+    """Extra rows of table1.csv, such as [{track: hpsv2, test: imagereward}]."""
+    numeric_threads: int = Field(1, ge=1)
+    """Threads of one numeric job; part of every result, since float32 sums change with it."""
+    datasets: Datasets = Datasets()
+    policy: Policy = Policy()
+    prompts: Prompts = Prompts()
+    training: TrainingByTrack = TrainingByTrack()
+    rollouts: Rollouts = Rollouts()
+    scoring: Scoring = Scoring()
+    tracking: Tracking = Tracking()
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, value: list[int]) -> list[int]:
+        if not value or len(set(value)) != len(value) or min(value) < 0:
+            raise ValueError("must be one or more different whole numbers from 0")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Configuration":
+        recorded = self.rollouts.blocks * self.rollouts.block_size
+        if max(self.scoring.report_k) > recorded:
+            raise ValueError(
+                f"scoring.report_k asks for Mean@{max(self.scoring.report_k)} but rollouts.blocks x "
+                f"rollouts.block_size records {recorded}; record more blocks or report a smaller k"
+            )
+        for cross in self.cross_tests:
+            if cross.track not in self.tracks or cross.test == cross.track:
+                raise ValueError(
+                    f"cross_tests: {cross.track} on {cross.test} needs a trained track and another test set"
+                )
+        return self
+
+
+class ConfigurationError(ValueError):
+    """A wrong key or value: names the key, the value, what is allowed and the nearest valid name."""
+
+
+def load(raw: Mapping[str, Any]) -> Configuration:
+    """Validate what Snakemake merged from config files and `--config`.
+
+    Raises:
+        ConfigurationError: one line for each wrong key or value.
+    """
+    try:
+        return Configuration.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigurationError(
+            "\n".join(["the configuration is not valid:"] + [f"  {_explain(e)}" for e in error.errors()])
+        ) from None
+
+
+def _explain(error: Any) -> str:
+    location = error["loc"]
+    key = ".".join(map(str, location))
+    if error["type"] == "extra_forbidden":
+        names = list(_section_at(location[:-1]).model_fields)
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(names)}"
+        return f"{key}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    near = []
+    if error["type"] == "literal_error":
+        near = difflib.get_close_matches(
+            str(error["input"]), message.replace("'", "").replace(" or ", ", ").split(", ")
+        )
+    hint = f"; did you mean {near[0].removeprefix('Input should be ')}?" if near else ""
+    return f"{key}: {error['input']!r} is not allowed: {message}{hint}"
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[Section]:
+    section: type[Section] = Configuration
+    for name in location:
+        if isinstance(name, int):
+            continue
+        annotation = section.model_fields[name].annotation
+        inner = [annotation, *get_args(annotation)]
+        section = next(a for a in inner if isinstance(a, type) and issubclass(a, Section))
+    return section
+
+
+def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Any, Section]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field, value, section
+
+
+def _allowed(field: Any) -> str:
+    annotation = field.annotation
+    if get_origin(annotation) is Literal:
+        kind = " or ".join(f"`{choice}`" for choice in get_args(annotation))
+    elif get_origin(annotation) is list:
+        item = get_args(annotation)[0]
+        choices = [a.__name__ if isinstance(a, type) else str(a) for a in (get_args(item) or (item,))]
+        kind = f"list of {', '.join(choices)}"
+    elif get_origin(annotation) in (Union, UnionType):
+        kind = " or ".join(a.__name__ for a in get_args(annotation))
+    else:
+        kind = annotation.__name__
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [f"{signs[k]} {getattr(m, k)}" for m in field.metadata for k in signs if getattr(m, k, None) is not None]
+    return ", ".join([kind, *bounds])
+
+
+def render_yaml(section: Section, depth: int = 0, seen: set[type] | None = None) -> str:
+    """Commented YAML of the defaults; a kind of section is commented where it first occurs."""
+    seen = set() if seen is None else seen
+    indent = "  " * depth
+    lines = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        inherited = next(c for c in reversed(type(section).__mro__) if name in getattr(c, "model_fields", {}))
+        first = (inherited, name) not in seen
+        seen.add((inherited, name))  # type: ignore[arg-type]
+        if isinstance(value, Section):
+            text = (type(value).__doc__ or "").splitlines()[0].rstrip(".")
+            lines += ["" if depth == 0 else None, f"{indent}# {text}", f"{indent}{name}:"]
+            lines.append(render_yaml(value, depth + 1, seen))
+            continue
+        if first:
+            comment = f"{(field.description or '').rstrip('.')} ({_allowed(field).replace('`', '')})"
+            lines += textwrap.wrap(comment, 116, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        plain = [v.model_dump() if isinstance(v, Section) else v for v in value] if isinstance(value, list) else value
+        dumped = yaml.safe_dump(plain, default_flow_style=True, width=1000, allow_unicode=True)
+        lines.append(f"{indent}{name}: {dumped.removesuffix('...' + chr(10)).rstrip()}")
+    return "\n".join(line for line in lines if line is not None)
+
+
+def render_markdown(configuration: Configuration) -> str:
+    """Key-by-key reference."""
+    rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for key, field, value, _ in _leaves(configuration):
+        cell = json.dumps(value) if not isinstance(value, str) else value
+        allowed = _allowed(field).replace("|", "\\|")
+        meaning = field.description.replace("|", "\\|").replace("\n", " ")
+        rows.append(f"| `{key}` | `{cell.replace('|', chr(92) + '|')}` | {allowed} | {meaning} |")
+    head = (
+        "# Configuration, key by key\n\nMade from `workflow_scripts/configuration.py` by "
+        "`python -m workflow_scripts.configuration`; a test holds them together.\n\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def generated_files() -> dict[str, str]:
+    """Text of every file that is made from this model, by path in the repository."""
+    configuration = Configuration()
+    head = (
+        "# yaml-language-server: $schema=config.schema.json\n"
+        "# The embedded default: minutes on two CPU cores, no GPU, no hub, no account. Override single keys with\n"
+        "# --config 'scoring={report_k: [1, 2]}' or whole sections with --configfile; see docs/configuration.md.\n"
+    )
+    return {
+        "config.yaml": head + render_yaml(configuration) + "\n",
+        "config.schema.json": json.dumps(Configuration.model_json_schema(), indent=2, ensure_ascii=False) + "\n",
+        "docs/configuration.md": render_markdown(configuration),
+    }
+
+
+if __name__ == "__main__":
+    root = Path(__file__).parent.parent
+    for path, text in generated_files().items():
+        (root / path).write_text(text, encoding="utf-8")

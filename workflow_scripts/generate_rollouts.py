@@ -1,0 +1,97 @@
+"""Generate one block of rollouts for one shard of a test set: all that is ever needed of the model.
+
+python -m workflow_scripts.generate_rollouts --base results/policies/base/manifest.json \
+    --adapter results/policies/imagereward/seed0/adapter_model.safetensors \
+    --subset results/datasets/imagereward/test/subset.parquet \
+    --images results/datasets/imagereward/test/images-0000.parquet \
+    --output results/rollouts/imagereward/grpo/seed0/imagereward/0000-0000.parquet --config '{"track": …}'
+
+Without `--adapter` the base policy answers (zero-shot).
+"""
+
+import io
+import time
+
+from PIL import Image
+
+from workflow_scripts.command_line import Input, Output, StageArguments
+from workflow_scripts.policy.loading import PolicyError, load_policy
+from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
+from workflow_scripts.rollouts.items import anchor_items, pointwise_items
+from workflow_scripts.rollouts.record import write_rollouts
+from workflow_scripts.rollouts.transformers_engine import generate
+from workflow_scripts.stage_configuration import GenerateRollouts
+from workflow_scripts.tracking import run_stage
+
+
+class Arguments(StageArguments):
+    """Generate one block of rollouts for one shard of a test set."""
+
+    base: Input
+    """Manifest of the base policy."""
+    adapter: Input | None = None
+    """Adapter of the trained policy; its configuration stands beside it."""
+    subset: Input
+    """Test prompts in hash order."""
+    images: Input
+    """Images of this shard."""
+    output: Output
+    """Rollouts."""
+    config: GenerateRollouts
+    """Configuration of this stage as JSON."""
+
+
+def main() -> None:
+    """Run the stage."""
+    arguments = Arguments.parse()
+    config = arguments.config
+    with run_stage(arguments) as run:
+        if arguments.adapter:
+            trained_on = set(run.inputs[str(arguments.adapter)]["inputs"].values())
+            base = run.inputs[str(arguments.base)]["outputs"][arguments.base.name]["sha256"]
+            if base not in trained_on:
+                raise PolicyError(
+                    f"{arguments.adapter} was trained on another base policy than {arguments.base}; train it again"
+                )
+        rows = [
+            row
+            for row in read_table(arguments.subset, SUBSET).to_pylist()
+            if config.start <= row["position"] < config.stop
+        ]
+        images: dict[str, Image.Image] = {
+            row["image_id"]: Image.open(io.BytesIO(row["bytes"])) for row in read_images([arguments.images])
+        }
+        if config.model.protocol == "pointwise":
+            items = pointwise_items(rows, set(images))
+        else:
+            items = anchor_items(rows, set(images), config.seed, config.both_orders)
+        policy = load_policy(arguments.base, arguments.adapter and arguments.adapter.parent, config.model)
+        started = time.perf_counter()
+        rollouts = list(
+            generate(
+                policy,
+                items,
+                images,
+                rollouts=config.rollouts,
+                first_k=config.block * config.rollouts,
+                sampling=config.sampling,
+                batch_items=config.batch_items,
+                seed=f"{config.track} {config.policy} {config.test} {config.seed} {config.shard} {config.block}",
+            )
+        )
+        write_rollouts(arguments.output, rollouts)
+        run.metrics(
+            {
+                "items": len(items),
+                "rollouts": len(rollouts),
+                "forced_share": sum(r["forced"] for r in rollouts) / max(1, len(rollouts)),
+                "missing_answer_share": sum(r["sampled_answer"] is None for r in rollouts) / max(1, len(rollouts)),
+                "rollouts_per_second": len(rollouts) / (time.perf_counter() - started),
+            }
+        )
+        for rollout in rollouts[:3]:
+            run.text(rollout["text"], f"traces/{rollout['item_id'].replace('/', '_')}-{rollout['k']}.txt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,378 @@
+"""Make the paper's tables from measured accuracies: table1, table2, the comparisons behind them, and sensitivity.
+
+python -m workflow_scripts.make_tables results/accuracy/*/*/seed*/*.json --base results/policies/base/manifest.json \
+    --adapters results/policies/imagereward/seed0/adapter_model.safetensors --table1 results/table1.csv \
+    --table2 results/table2.csv --comparisons results/comparisons.csv --sensitivity results/sensitivity.csv \
+    --markdown results/tables.md --config '{"tracks": ["imagereward"], "seeds": [0], …}'
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic_settings import CliPositionalArg
+
+from workflow_scripts.command_line import Input, Output, StageArguments
+from workflow_scripts.provenance import replacing
+from workflow_scripts.scoring.bootstrap import Interval, accuracy_interval, difference_interval
+from workflow_scripts.stage_configuration import MakeTables
+from workflow_scripts.tracking import run_stage
+
+PAPER_TABLE1 = {("imagereward", 1): 64.7, ("imagereward", 3): 64.9, ("hpsv2", 1): 65.1, ("hpsv2", 3): 65.4}
+PAPER_TABLE2 = {"single human": 65.1, ("zeroshot", "hard"): 51.0, ("zeroshot", "soft"): 55.4}
+PAPER_TABLE2 |= {("grpo", "hard"): 59.2, ("grpo", "soft"): 64.9}
+METHODS = {
+    ("zeroshot", "hard"): "Zero-shot reasoning",
+    ("zeroshot", "soft"): "Zero-shot reasoning + soft reward",
+    ("grpo", "hard"): "Trained on ImageReward",
+    ("grpo", "soft"): "Trained on ImageReward + soft reward",
+}
+PROTOCOLS = {
+    "imagereward": "ImageReward: micro over strict pairs, predicted tie wrong",
+    "hpsv2": "HPDv2: macro over prompts, tie not an inversion",
+}
+TARGETS = ("labels", "noise-free order")
+
+
+class Arguments(StageArguments):
+    """Make the paper's tables from measured accuracies."""
+
+    accuracies: CliPositionalArg[list[Input]]
+    """Accuracy files of every policy, test set and seed; their per-prompt files stand beside them."""
+    base: Input
+    """Manifest of the base policy."""
+    adapters: list[Input]
+    """Adapters of the trained policies, for the warnings of their training."""
+    table1: Output
+    """Paper's Table 1."""
+    table2: Output
+    """Paper's Table 2."""
+    comparisons: Output
+    """Every claimed improvement with its paired interval."""
+    sensitivity: Output
+    """The same accuracies under every rule."""
+    markdown: Output
+    """The tables for people."""
+    config: MakeTables
+    """Configuration of this stage as JSON."""
+
+
+class Measured:
+    """Accuracies of all policies: credit of every prompt under every rule, averaged where several seeds are asked."""
+
+    def __init__(self, paths: list[Path], config: MakeTables) -> None:
+        """Read the accuracy files and the per-prompt files beside them."""
+        self.config = config
+        self.records: dict[tuple[str, str, str, int], dict[str, Any]] = {}
+        self.credits: dict[tuple[str, str, str, int], pd.DataFrame] = {}
+        for path in paths:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            key = (record["track"], record["policy"], record["test"], record["seed"])
+            self.records[key] = record
+            frame = pd.read_parquet(path.with_name(f"{path.stem}-prompts.parquet"))
+            self.credits[key] = frame.set_index(["method", "k", "against", "tie", "label_tie", "missing"]).sort_index()
+
+    def record(self, track: str, policy: str, test: str, seed: int) -> dict[str, Any]:
+        """Accuracy record of one policy on one test set."""
+        return self.records[track, policy, test, seed]
+
+    def official(self, test: str, against: str) -> dict[str, str]:
+        """The test set's own rules; a noise-free tie is no judgement, so it is left out."""
+        rule = next(r["official"] for key, r in self.records.items() if key[2] == test)
+        return {**rule, "label_tie": rule["label_tie"] if against == "labels" else "dropped"}
+
+    def credit(
+        self, policy: tuple[str, str, str], seeds: list[int], method: str, k: int, against: str, rule: dict[str, str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(correct, pairs) of each prompt, averaged over seeds."""
+        label_tie = rule["label_tie"]
+        missing = self.config.missing_answer if method in ("soft", "hard") else "wrong"
+        row: Any = (method, k, against, rule["tie"], label_tie, missing)
+        frames = [self.credits[(*policy, seed)].loc[row].set_index("prompt_id") for seed in seeds]
+        mean = sum(frames[1:], start=frames[0]) / len(frames)
+        return mean["correct"].to_numpy(), mean["pairs"].to_numpy()
+
+    def accuracy(self, *args: Any, average: str) -> Interval:
+        """Accuracy with its interval; arguments of `credit`."""
+        b = self.config.bootstrap
+        return accuracy_interval(*self.credit(*args), average, b.confidence, b.resamples, b.seed)  # type: ignore[arg-type]
+
+    def difference(self, first: tuple[Any, ...], second: tuple[Any, ...], average: str) -> Interval:
+        """Accuracy of the second minus the first, paired over prompts."""
+        b = self.config.bootstrap
+        return difference_interval(
+            *self.credit(*first),
+            *self.credit(*second),
+            average,  # type: ignore[arg-type]
+            b.confidence,
+            b.resamples,
+            b.seed,
+        )
+
+
+def percent(value: float | None, digits: int = 2) -> float | None:
+    """A share as a rounded percentage."""
+    return None if value is None or np.isnan(value) else round(100 * value, digits)
+
+
+def seed_groups(seeds: list[int]) -> dict[str, list[int]]:
+    """Every seed by itself, and all of them pooled."""
+    return {**{str(seed): [seed] for seed in seeds}, **({"pooled": seeds} if len(seeds) > 1 else {})}
+
+
+def columns(interval: Interval, name: str) -> dict[str, float | None]:
+    """A mean with its standard error and interval, in percent."""
+    return {
+        name: percent(interval.estimate),
+        f"{name}_se": percent(interval.standard_error),
+        f"{name}_low": percent(interval.low),
+        f"{name}_high": percent(interval.high),
+    }
+
+
+def context(measured: Measured, policy: tuple[str, str, str], seeds: list[int], model: str) -> dict[str, Any]:
+    """What every row must say of where it comes from."""
+    track, name, test = policy
+    records = [measured.record(track, name, test, seed) for seed in seeds]
+    return {
+        "n_prompts": records[0]["prompts"],
+        "protocol": PROTOCOLS[test],
+        "model": model,
+        "data_source": records[0]["data_source"],
+        "rollouts": records[0]["rollouts"],
+        "forced_percent": percent(float(np.mean([r["forced_share"] for r in records]))),
+        "missing_answer_percent": percent(float(np.mean([r["missing_answer_share"] for r in records]))),
+    }
+
+
+def ceiling(measured: Measured, policy: tuple[str, str, str], seeds: list[int], against: str) -> float | None:
+    """Accuracy of the noise-free order: what annotator noise leaves to be won (synthetic world only)."""
+    targets = measured.credits[(*policy, seeds[0])].index.get_level_values("against").unique()
+    if "noise-free order" not in targets:
+        return None
+    if against == "noise-free order":
+        return 100.0
+    rule = {**measured.official(policy[2], against), "tie": "half"}
+    return percent(
+        measured.accuracy(policy, seeds[:1], "noise-free order", 1, against, rule, average=rule["average"]).estimate
+    )
+
+
+def targets_of(measured: Measured, policy: tuple[str, str, str], seed: int) -> list[str]:
+    """What can be measured against: the labels, and in the synthetic world the noise-free order."""
+    present = set(measured.credits[(*policy, seed)].index.get_level_values("against"))
+    return [target for target in TARGETS if target in present]
+
+
+def table1(measured: Measured, config: MakeTables, model: str, notes: dict[tuple[str, int], str]) -> pd.DataFrame:
+    """Data set x Mean@k with soft reward, own test set first, then cross rows."""
+    titles = {"imagereward": "ImageReward", "hpsv2": f"HPSv2 ({config.hpsv2_fraction:.0%} subset)"}
+    tests = {"imagereward": "ImageReward", "hpsv2": "HPDv2"}
+    first, last = config.report_k[0], config.report_k[-1]
+    rows = []
+    for track, test in [(t, t) for t in config.tracks] + [(c.track, c.test) for c in config.cross_tests]:
+        policy = (track, "grpo", test)
+        for against in targets_of(measured, policy, config.seeds[0]):
+            rule = measured.official(test, against)
+            for name, seeds in seed_groups(config.seeds).items():
+                row: dict[str, Any] = {
+                    "training_data": titles[track],
+                    "test_data": tests[test],
+                    "against": against,
+                    "seed": name,
+                }
+                for k in config.report_k:
+                    value = measured.accuracy(policy, seeds, "soft", k, against, rule, average=rule["average"])
+                    row |= columns(value, f"mean@{k}")
+                    row[f"mean@{k}_paper"] = (
+                        PAPER_TABLE1.get((track, k)) if track == test and against == "labels" else None
+                    )
+                if last > first:
+                    pair = [(policy, seeds, "soft", k, against, rule) for k in (first, last)]
+                    row |= columns(measured.difference(pair[0], pair[1], rule["average"]), "gain")
+                row["ceiling"] = ceiling(measured, policy, seeds, against)
+                row["n_pairs"] = int(measured.credit(policy, seeds[:1], "soft", first, against, rule)[1].sum())
+                row |= context(measured, policy, seeds, model)
+                row["notes"] = "; ".join(filter(None, (notes.get((track, seed)) for seed in seeds)))
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def table2(measured: Measured, config: MakeTables, model: str, notes: dict[tuple[str, int], str]) -> pd.DataFrame:
+    """Sampled answer against soft reward, zero-shot and trained, on the ImageReward test set."""
+    if "imagereward" not in config.tracks:
+        return pd.DataFrame({"method": []})
+    rows = []
+    for against in targets_of(measured, ("imagereward", "grpo", "imagereward"), config.seeds[0]):
+        rule = measured.official("imagereward", against)
+        if against == "labels":
+            record = measured.record("imagereward", "grpo", "imagereward", config.seeds[0])
+            human = {
+                "method": "Single human",
+                "against": against,
+                f"mean@{config.report_k[0]}": percent(record["second_annotator_agreement"]),
+                "paper": PAPER_TABLE2["single human"],
+                "data_source": record["data_source"],
+                "notes": "" if record["second_annotator_agreement"] else "not measurable: the data has one annotator",
+            }
+            rows.append(human)
+        for (name, method), title in METHODS.items():
+            policy = ("imagereward", name, "imagereward")
+            for group, seeds in seed_groups(config.seeds).items():
+                row: dict[str, Any] = {"method": title, "against": against, "seed": group}
+                for k in config.report_k:
+                    value = measured.accuracy(policy, seeds, method, k, against, rule, average=rule["average"])
+                    row |= columns(value, f"mean@{k}")
+                row["paper"] = PAPER_TABLE2[name, method] if against == "labels" else None
+                row["ceiling"] = ceiling(measured, policy, seeds, against)
+                row["n_pairs"] = int(
+                    measured.credit(policy, seeds[:1], "soft", config.report_k[0], against, rule)[1].sum()
+                )
+                row |= context(measured, policy, seeds, model)
+                trained = [notes.get(("imagereward", seed)) for seed in seeds] if name == "grpo" else []
+                row["notes"] = "; ".join(filter(None, trained))
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def comparisons(measured: Measured, config: MakeTables) -> pd.DataFrame:
+    """Every improvement that the paper claims: difference in percent points, paired bootstrap over prompts.
+
+    Each stands under the official tie rule, under "wrong" and under "half", so that no tie rule passes for an effect.
+    """
+    first, last = config.report_k[0], config.report_k[-1]
+    names = {"zeroshot": "zero-shot", "grpo": "trained", "hard": "sampled answer", "soft": "soft reward"}
+    rows = []
+    for track in config.tracks:
+        for against in targets_of(measured, (track, "grpo", track), config.seeds[0]):
+            official = measured.official(track, against)
+            ties = dict.fromkeys((official["tie"], "wrong", "half"))
+            claims: list[tuple[str, tuple[str, str, int], tuple[str, str, int]]] = []
+            for k in config.report_k:
+                claims += [
+                    (f"soft reward > sampled answer, {names[p]}, Mean@{k}", (p, "hard", k), (p, "soft", k))
+                    for p in ("zeroshot", "grpo")
+                ]
+                claims += [
+                    (f"trained > zero-shot, {names[m]}, Mean@{k}", ("zeroshot", m, k), ("grpo", m, k))
+                    for m in ("hard", "soft")
+                ]
+            if last > first:
+                claims += [
+                    (f"Mean@{last} > Mean@{first}, {names[p]}, {names[m]}", (p, m, first), (p, m, last))
+                    for p in ("zeroshot", "grpo")
+                    for m in ("hard", "soft")
+                ]
+            for claim, low, high in claims:
+                for tie in ties:
+                    # Another tie rule than the official one judges strict pairs only.
+                    label_tie = official["label_tie"] if tie == official["tie"] else "dropped"
+                    rule = {**official, "tie": tie, "label_tie": label_tie}
+                    for group, seeds in seed_groups(config.seeds).items():
+                        ends = [((track, p, track), seeds, m, k, against, rule) for p, m, k in (low, high)]
+                        values = [measured.accuracy(*end, average=rule["average"]).estimate for end in ends]
+                        interval = measured.difference(ends[0], ends[1], rule["average"])
+                        rows.append(
+                            {
+                                "claim": claim,
+                                "test_data": track,
+                                "against": against,
+                                "tie": tie,
+                                "average": rule["average"],
+                                "seed": group,
+                                "from": percent(values[0]),
+                                "to": percent(values[1]),
+                                **columns(interval, "difference"),
+                                "holds": bool(interval.low > 0),
+                            }
+                        )
+    return pd.DataFrame(rows)
+
+
+def sensitivity(measured: Measured) -> pd.DataFrame:
+    """Every accuracy under every tie rule, micro and macro, and missing-answer rule."""
+    rows = []
+    for (track, policy, test, seed), record in sorted(measured.records.items()):
+        for cell in record["cells"]:
+            interval = Interval(*(cell[name] for name in Interval._fields))
+            rule = {k: cell[k] for k in ("method", "k", "against", "tie", "label_tie", "missing", "average")}
+            head = {"training_data": track, "policy": policy, "test_data": test, "seed": seed}
+            rows.append({**head, **rule, **columns(interval, "accuracy"), "n_pairs": round(cell["pairs"], 2)})
+    return pd.DataFrame(rows)
+
+
+def markdown(one: pd.DataFrame, two: pd.DataFrame, compared: pd.DataFrame, config: MakeTables) -> str:
+    """Both tables and the comparisons for people: accuracy in percent with its interval."""
+
+    def cell(row: Any, name: str) -> str:
+        if pd.isna(row.get(name)):
+            return ""
+        if pd.isna(row.get(f"{name}_low")):
+            return f"{row[name]:.1f}"
+        return f"{row[name]:.1f} [{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]"
+
+    def shown(frame: pd.DataFrame, keys: list[str], cells: list[str]) -> str:
+        text = frame[[key for key in keys if key in frame]].copy()
+        for name in cells:
+            text[name] = [cell(row, name) for row in frame.to_dict("records")]
+        return str(text.fillna("").to_markdown(index=False))
+
+    means = [f"mean@{k}" for k in config.report_k]
+    papers = [f"{mean}_paper" for mean in means]
+    say = f"Accuracy in %, {config.bootstrap.confidence:.0%} bootstrap interval over prompts."
+    sources = ", ".join(sorted(set(one["data_source"])))
+    parts = [
+        f"# Tables\n\n{say} Data source: {sources}. Protocols and settings of every row are in the CSV files.",
+        "## Table 1: trained policies with soft reward",
+        shown(one, ["training_data", "test_data", "against", "seed", *papers, "ceiling", "notes"], means),
+    ]
+    if len(two):
+        keys = ["method", "against", "seed", "paper", "ceiling", "notes"]
+        parts += ["## Table 2: ImageReward test set", shown(two, keys, means)]
+    chosen = compared[compared["tie"] != "right"]
+    keys = ["claim", "test_data", "against", "tie", "seed", "holds"]
+    parts += [
+        "## Comparisons: difference in percentage points, paired over prompts",
+        shown(chosen, keys, ["difference"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Run the stage."""
+    arguments = Arguments.parse()
+    config = arguments.config
+    with run_stage(arguments) as run:
+        manifest = json.loads(arguments.base.read_text(encoding="utf-8"))
+        model = manifest["repository"] or Path(manifest["path"]).name
+        notes = {}
+        for path in arguments.adapters:
+            sidecar = run.inputs[str(path)]
+            notes[sidecar["config"]["track"], sidecar["config"]["seed"]] = "; ".join(sidecar["warnings"])
+        measured = Measured(arguments.accuracies, config)
+        one, two = table1(measured, config, model, notes), table2(measured, config, model, notes)
+        compared = comparisons(measured, config)
+        outputs = {
+            arguments.table1: one,
+            arguments.table2: two,
+            arguments.comparisons: compared,
+            arguments.sensitivity: sensitivity(measured),
+        }
+        for path, frame in outputs.items():
+            with replacing(path) as temporary:
+                frame.to_csv(temporary, index=False, lineterminator="\n")
+        with replacing(arguments.markdown) as temporary:
+            temporary.write_text(markdown(one, two, compared, config), encoding="utf-8")
+        for row in one.to_dict("records"):
+            for k in config.report_k:
+                name = (
+                    f"table1/{row['training_data']}/{row['test_data']}/{row['against']}/seed {row['seed']}/Mean_at_{k}"
+                )
+                run.metrics({name: row[f"mean@{k}"]})
+        run.metrics({"claims": len(compared), "claims_that_hold": int(compared["holds"].sum())})
+
+
+if __name__ == "__main__":
+    main()

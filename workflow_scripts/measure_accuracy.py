@@ -1,0 +1,163 @@
+"""Measure how well scores order the images of a test set: every protocol, tie rule and missing-answer rule.
+
+python -m workflow_scripts.measure_accuracy --scores results/scores/imagereward/grpo/seed0/imagereward.parquet \
+    --subset results/datasets/imagereward/test/subset.parquet \
+    --dataset_record results/downloads/synthetic/imagereward/dataset.json \
+    --output results/accuracy/imagereward/grpo/seed0/imagereward.json \
+    --prompts results/accuracy/imagereward/grpo/seed0/imagereward-prompts.parquet --config '{"track": "imagereward", …}'
+
+The per-prompt file holds the credit of every prompt under every rule: whatever is compared or pooled later is computed
+from it, paired over the same prompts.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from workflow_scripts.command_line import Input, Output, StageArguments
+from workflow_scripts.preferences.schema import SUBSET, read_table
+from workflow_scripts.provenance import check_file, replacing, write_json
+from workflow_scripts.scoring.bootstrap import accuracy_interval
+from workflow_scripts.scoring.protocols import HPDV2, IMAGEREWARD, first_listed, prompt_credit
+from workflow_scripts.stage_configuration import MeasureAccuracy
+from workflow_scripts.tracking import run_stage
+
+OFFICIAL = {"imagereward": IMAGEREWARD, "hpsv2": HPDV2}
+NEUTRAL = {"pointwise": 4.0, "pairwise": 0.5}
+RULES = ["method", "k", "against", "tie", "label_tie", "missing"]
+
+
+class Arguments(StageArguments):
+    """Measure how well scores order the images of a test set."""
+
+    scores: Input
+    """Scores of one policy on one test set."""
+    subset: Input
+    """Test prompts with their annotations."""
+    dataset_record: Input
+    """Record of the data set: where it is from and, of the synthetic world, what is known of it."""
+    output: Output
+    """Accuracies."""
+    prompts: Output
+    """Credit and counted pairs of every prompt under every rule."""
+    config: MeasureAccuracy
+    """Configuration of this stage as JSON."""
+
+
+def true_ranks(record: dict[str, Any], path: Path) -> dict[str, float]:
+    """Noise-free rank (1 = best, only the order counts) of each test image; empty for published data."""
+    if record["source"] != "synthetic":
+        return {}
+    truth = path.parent / "truth-test.parquet"
+    check_file(truth, record["files"][truth.name], path)
+    table = pq.read_table(truth).to_pydict()
+    return {image: -round(utility, 9) for image, utility in zip(table["image_id"], table["utility"], strict=True)}
+
+
+def score_arrays(scores: pd.DataFrame, rows: list[dict[str, Any]], column: str, rollouts: int) -> list[np.ndarray]:
+    """Scores of each prompt, (N, K), in the order of its images; nan where there is none."""
+    wide = scores.pivot(index=["prompt_id", "image_id"], columns="k", values=column)
+    index = [(row["prompt_id"], image) for row in rows for image in row["image_ids"]]
+    values = wide.reindex(index, columns=range(rollouts)).to_numpy()
+    return np.split(values, np.cumsum([len(row["image_ids"]) for row in rows])[:-1])
+
+
+def main() -> None:
+    """Run the stage."""
+    arguments = Arguments.parse()
+    config = arguments.config
+    with run_stage(arguments) as run:
+        scores = pd.read_parquet(arguments.scores)
+        record = json.loads(arguments.dataset_record.read_text(encoding="utf-8"))
+        truth = true_ranks(record, arguments.dataset_record)
+        judged = set(scores["prompt_id"])
+        rows = [row for row in read_table(arguments.subset, SUBSET).to_pylist() if row["prompt_id"] in judged]
+        rollouts = int(scores["k"].max()) + 1
+        # An image that could not be read was never judged: it leaves the test, it is not an error of the policy.
+        readable = set(scores["image_id"])
+        for row in rows:
+            kept = [i for i, image in enumerate(row["image_ids"]) if image in readable]
+            row["image_ids"] = [row["image_ids"][i] for i in kept]
+            row["ranks"] = [row["ranks"][i] for i in kept]
+            row["annotations"] = [[ranks[i] for i in kept] for ranks in row["annotations"] or []]
+
+        methods = {name: score_arrays(scores, rows, name, rollouts) for name in ("soft", "hard")}
+        targets = {"labels": [np.array(row["ranks"], float) for row in rows]}
+        if truth:
+            targets["noise-free order"] = [np.array([truth[image] for image in row["image_ids"]]) for row in rows]
+        official = OFFICIAL[config.test]
+        neutral = NEUTRAL[config.protocol]
+
+        grid: list[tuple[str, list[np.ndarray], str, int, str, str, str]] = []
+        for (method, values), against, k in itertools.product(methods.items(), targets, config.report_k):
+            rules = itertools.product(("wrong", "half", "dropped", "right"), ("wrong", "neutral", "dropped"))
+            grid += [(method, values, against, k, tie, "dropped", missing) for tie, missing in rules]
+            if against == "labels" and official.label_tie == "right":
+                grid.append((method, values, against, k, official.tie, "right", config.missing_answer))
+        listed = [first_listed(len(row["image_ids"])) for row in rows]
+        grid += [("first listed", listed, against, 1, "wrong", "dropped", "wrong") for against in targets]
+        annotators = [-np.array(row["annotations"], float).T for row in rows if row["annotations"]]
+        if annotators:
+            grid.append(("single annotator", annotators, "labels", 1, official.tie, official.label_tie, "wrong"))
+        if truth:
+            noise_free = [-ranks[:, None] for ranks in targets["noise-free order"]]
+            # Equal utilities are ordered by chance: half a point is what a scorer without ties can expect.
+            grid.append(("noise-free order", noise_free, "labels", 1, "half", official.label_tie, "wrong"))
+
+        cells, credits = [], []
+        for method, values, against, k, tie, label_tie, missing in grid:
+            correct, pairs = prompt_credit(
+                values,
+                targets[against],
+                k=k,
+                tie=tie,  # type: ignore[arg-type]
+                label_tie=label_tie,  # type: ignore[arg-type]
+                missing=missing,  # type: ignore[arg-type]
+                neutral=neutral,
+            )
+            rule = dict(zip(RULES, (method, k, against, tie, label_tie, missing), strict=True))
+            credits.append(
+                pd.DataFrame({**rule, "prompt_id": [r["prompt_id"] for r in rows], "correct": correct, "pairs": pairs})
+            )
+            for average in ("micro", "macro"):
+                b = config.bootstrap
+                interval = accuracy_interval(correct, pairs, average, b.confidence, b.resamples, b.seed)
+                cells.append({**rule, "average": average, **interval._asdict(), "pairs": float(pairs.sum())})
+
+        write_json(
+            arguments.output,
+            {
+                "track": config.track,
+                "policy": config.policy,
+                "test": config.test,
+                "seed": config.seed,
+                "data_source": record["source"],
+                "data_revision": record["revision"],
+                "official": official._asdict(),
+                "prompts": len(rows),
+                "images": len(readable),
+                "rollouts": rollouts,
+                "forced_share": float(scores["forced"].mean()),
+                "missing_answer_share": float(scores["hard"].isna().mean()),
+                "second_annotator_agreement": record.get("measured", {}).get("second_annotator_agreement"),
+                "cells": cells,
+            },
+        )
+        with replacing(arguments.prompts) as temporary:
+            pd.concat(credits).to_parquet(temporary, index=False, compression="zstd")
+        headline = [
+            cell
+            for cell in cells
+            if (cell["tie"], cell["average"], cell["label_tie"]) == official
+            and cell["missing"] == config.missing_answer
+        ]
+        run.metrics({f"accuracy/{c['method']}/Mean_at_{c['k']}/{c['against']}": c["estimate"] for c in headline})
+
+
+if __name__ == "__main__":
+    main()

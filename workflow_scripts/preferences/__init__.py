@@ -1,0 +1,1 @@
+"""Preference data: the canonical tables, readers of the published layouts, subsampling and the synthetic world."""

@@ -1,0 +1,96 @@
+"""Reader of ImageRewardDB's published layout: metadata-{split}.parquet and images/{split}/{split}_{i}.zip.
+
+Facts about the layout: data set card and loading script of zai-org/ImageRewardDB.
+"""
+
+import logging
+import zipfile
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from workflow_scripts.configuration import Split
+from workflow_scripts.preferences.schema import SchemaError
+
+log = logging.getLogger("softpref")
+
+RATINGS = {  # published name to canonical name
+    "overall_rating": "ratings",
+    "image_text_alignment_rating": "alignment_ratings",
+    "fidelity_rating": "fidelity_ratings",
+}
+COLUMNS = ["image_path", "prompt_id", "prompt", "rank", *RATINGS]
+
+
+def annotation_file(split: Split) -> str:
+    """Where the annotations of a split stand, relative to the download folder."""
+    return f"metadata-{split}.parquet"
+
+
+def read_preferences(folder: Path, split: Split, files: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Canonical rows of a split, one for each prompt_id, in order of first occurrence; no image is read.
+
+    Images whose archive was not downloaded (a smaller published training set is a prefix of the archives) are left
+    out, as is a repeated row.
+
+    Args:
+        folder: download folder.
+        split: train, validation or test.
+        files: downloaded files relative to `folder`.
+
+    Raises:
+        SchemaError: a column is missing, or rows of one image or one prompt contradict each other.
+    """
+    path = folder / annotation_file(split)
+    missing = [name for name in COLUMNS if name not in pq.read_schema(path).names]
+    if missing:
+        raise SchemaError(f"{path}: column {missing[0]} is missing; is this ImageRewardDB's metadata of {split}?")
+    prompts: dict[str, dict[str, dict[str, Any]]] = {}
+    repeated = absent = 0
+    listed: dict[str, str] = {}
+    for batch in pq.ParquetFile(path).iter_batches(columns=COLUMNS):
+        for row in batch.to_pylist():
+            images = prompts.setdefault(row["prompt_id"], {})
+            name = PurePosixPath(row["image_path"]).name
+            archive = f"{PurePosixPath(row['image_path']).parent}.zip"
+            if archive not in files:
+                listed = listed or archive_of_images(folder, split, files)
+                archive = listed.get(name, "")
+            if not archive:
+                absent += 1
+                continue
+            entry = {**row, "archive": archive}
+            repeated += name in images
+            if images.setdefault(name, entry) != entry or row["prompt"] != next(iter(images.values()))["prompt"]:
+                raise SchemaError(
+                    f"{path}: rows of prompt_id {row['prompt_id']} contradict each other at image {name}; "
+                    "use another revision of the data set (datasets.imagereward.hub.revision)"
+                )
+    if repeated or absent:
+        log.info("%s: left out %d repeated rows and %d of archives not downloaded", path.name, repeated, absent)
+    for prompt_id, images in prompts.items():
+        if not images:
+            continue
+        rows = list(images.values())
+        yield {
+            "prompt_id": prompt_id,
+            "prompt": rows[0]["prompt"],
+            "image_ids": list(images),
+            "archives": [row["archive"] for row in rows],
+            "ranks": [row["rank"] for row in rows],
+            **{canonical: [row[published] for row in rows] for published, canonical in RATINGS.items()},
+            "pairs": None,
+            "annotations": None,
+        }
+
+
+def archive_of_images(folder: Path, split: Split, files: Collection[str]) -> dict[str, str]:
+    """Archive of each image by the archives' own lists, for metadata whose paths do not name it."""
+    archives = [name for name in sorted(files) if name.startswith(f"images/{split}/") and name.endswith(".zip")]
+    found: dict[str, str] = {}
+    for name in archives:
+        with zipfile.ZipFile(folder / name) as archive:
+            found |= {PurePosixPath(member).name: name for member in archive.namelist()}
+    return found

@@ -1,0 +1,159 @@
+"""Canonical tables of preference data, the same for every data set; checked on write and on read.
+
+preferences.parquet has one row per prompt. Ranks are 1 = best, ties allowed, smallest rank not always 1. `pairs` holds
+judgements given as pairs, `preferred` = 0 for image a, 1 for image b; where the data gives ranks, pairs are derived.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from workflow_scripts.provenance import replacing
+
+ROW_GROUP = 4096  # prompts written at once
+IMAGE_ROW_GROUP = 256  # images written or read at once
+
+PAIR = pa.struct([("a", pa.string()), ("b", pa.string()), ("preferred", pa.int8())])
+
+PREFERENCES = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("image_ids", pa.list_(pa.string()), nullable=False),
+        pa.field("archives", pa.list_(pa.string()), nullable=False),  # of each image, relative to the download folder
+        pa.field("ranks", pa.list_(pa.int16())),
+        pa.field("ratings", pa.list_(pa.int8())),  # overall rating 1..7, the training target of the pointwise track
+        pa.field("alignment_ratings", pa.list_(pa.int8())),
+        pa.field("fidelity_ratings", pa.list_(pa.int8())),
+        pa.field("pairs", pa.list_(PAIR)),
+        pa.field("annotations", pa.list_(pa.list_(pa.int16()))),  # ranks by each single annotator
+    ]
+)
+
+SUBSET = PREFERENCES.append(pa.field("position", pa.int64(), nullable=False))  # place in the seeded hash order
+
+IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("bytes", pa.binary(), nullable=False),  # encoded as published
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+    ]
+)
+
+
+class SchemaError(ValueError):
+    """A table breaks its contract: names file, row and remedy."""
+
+
+def check_preferences(row: dict[str, Any], where: str) -> None:
+    """Check one row of PREFERENCES or SUBSET.
+
+    Raises:
+        SchemaError: lists of unequal length, an image twice, a rating outside 1..7, or a pair of unknown images.
+    """
+    images = row["image_ids"]
+    if not images or len(set(images)) != len(images):
+        raise SchemaError(f"{where}: image_ids must be one or more different names, got {images}")
+    for column in ("archives", "ranks", "ratings", "alignment_ratings", "fidelity_ratings"):
+        if row.get(column) is not None and len(row[column]) != len(images):
+            raise SchemaError(f"{where}: {column} has {len(row[column])} entries for {len(images)} images")
+        if None in (row.get(column) or ()):
+            raise SchemaError(f"{where}: {column} has an empty entry: {row[column]}")
+    for ranks in row.get("annotations") or []:
+        if len(ranks) != len(images):
+            raise SchemaError(f"{where}: an annotator gives {len(ranks)} ranks for {len(images)} images")
+    for rating in row.get("ratings") or []:
+        if not 1 <= rating <= 7:
+            raise SchemaError(f"{where}: rating {rating} is outside 1..7")
+    for pair in row.get("pairs") or []:
+        if pair["a"] == pair["b"] or not {pair["a"], pair["b"]} <= set(images) or pair["preferred"] not in (0, 1):
+            raise SchemaError(f"{where}: pair {pair} must name two different images of the prompt and prefer 0 or 1")
+
+
+def write_preferences(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema = PREFERENCES) -> dict[str, int]:
+    """Write rows as they come, after checking each, atomically.
+
+    Returns:
+        Number of prompts, images, given pairs, strictly ranked pairs and tied pairs.
+
+    Raises:
+        SchemaError: a row breaks the contract, a prompt_id occurs twice, or there is no row.
+    """
+    seen: set[str] = set()
+    counts = dict.fromkeys(("prompts", "images", "given_pairs", "strict_pairs", "tied_pairs"), 0)
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for batch in batched(rows, ROW_GROUP):
+            for row in batch:
+                where = f"{path.name}, prompt_id {row['prompt_id']}"
+                check_preferences(row, where)
+                if row["prompt_id"] in seen:
+                    raise SchemaError(f"{where}: occurs twice; rows must be grouped by prompt_id")
+                seen.add(row["prompt_id"])
+                for name, number in count_pairs(row).items():
+                    counts[name] += number
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+        if not seen:
+            raise SchemaError(f"{path}: there is no prompt to write; is this the right split and data set?")
+    return counts
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of so many items; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def count_pairs(row: dict[str, Any]) -> dict[str, int]:
+    """What a row adds to the counts of `write_preferences`."""
+    total = len(row["image_ids"]) * (len(row["image_ids"]) - 1) // 2
+    ranks = row["ranks"]
+    tied = sum(n * (n - 1) // 2 for n in Counter(ranks).values()) if ranks else 0
+    return {
+        "prompts": 1,
+        "images": len(row["image_ids"]),
+        "given_pairs": len(row["pairs"] or ()),
+        "strict_pairs": total - tied if ranks else 0,
+        "tied_pairs": tied,
+    }
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a whole table that has this schema.
+
+    Raises:
+        SchemaError: the file's columns are others.
+    """
+    table = pq.read_table(path)
+    if table.schema != schema:
+        raise SchemaError(
+            f"{path}: columns {table.schema.names} are not {schema.names} of the expected types; "
+            "delete the file and run snakemake again to make it anew"
+        )
+    return table
+
+
+def write_images(path: Path, rows: Iterable[dict[str, Any]]) -> set[str]:
+    """Write rows of IMAGES as they come, atomically; return their image_ids."""
+    written: set[str] = set()
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, IMAGES, compression="none") as writer:
+        for batch in batched(rows, IMAGE_ROW_GROUP):
+            writer.write_table(pa.Table.from_pylist(batch, schema=IMAGES))
+            written.update(row["image_id"] for row in batch)
+    return written
+
+
+def read_images(paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """Stream rows of IMAGES files, never all in memory."""
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            if file.schema_arrow != IMAGES:
+                raise SchemaError(f"{path}: not an images table; delete the file and run snakemake again")
+            for batch in file.iter_batches(batch_size=IMAGE_ROW_GROUP):
+                yield from batch.to_pylist()

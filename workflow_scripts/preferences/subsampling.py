@@ -1,0 +1,122 @@
+"""Which prompts and pairs are used: by seeded hashes of their names, whatever the order of the rows.
+
+A larger fraction contains a smaller one, and validation prompts come from the other end of the same order.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+
+class SubsamplingError(ValueError):
+    """More is asked for than there is: says how much there is."""
+
+
+class Overlap(NamedTuple):
+    """prompt_ids that also occur elsewhere, by id and by normalised text."""
+
+    ids: set[str]
+    texts: set[str]
+
+
+class Kept(NamedTuple):
+    """What training keeps."""
+
+    prompts: list[str]  # prompt_ids in hash order
+    pairs: set[str] | None  # names of the kept pairs; None: all pairs of these prompts
+    of: int  # units that the fraction was taken of
+
+
+def hash_order(seed: int, ids: Iterable[str]) -> list[str]:
+    """The ids sorted by SHA-256 of "{seed}:{id}"."""
+    return sorted(ids, key=lambda name: sha256(f"{seed}:{name}".encode()).digest())
+
+
+def share(fraction: float, count: int) -> int:
+    """So many units are that fraction, halves rounded up.
+
+    Raises:
+        SubsamplingError: that is none.
+    """
+    units = math.floor(fraction * count + 0.5)
+    if not units:
+        raise SubsamplingError(f"a fraction of {fraction} of {count} keeps nothing; raise the fraction")
+    return units
+
+
+def normalised(text: str) -> str:
+    """A text without differences in case and white space."""
+    return " ".join(text.casefold().split())
+
+
+def overlap(texts: Mapping[str, str], others: Iterable[Mapping[str, str]]) -> Overlap:
+    """Prompts of a split that other splits have too.
+
+    Args:
+        texts: normalised text by prompt_id.
+        others: the same of each of the other splits.
+    """
+    found = Overlap(set(), set())
+    for other in others:
+        found.ids.update(texts.keys() & other.keys())
+        shared = set(other.values())
+        found.texts.update(name for name, text in texts.items() if text in shared)
+    return found
+
+
+def pair_unit(prompt_id: str, pair: Mapping[str, Any]) -> str:
+    """Name of a judged pair, the same whichever image comes first."""
+    return "\n".join([prompt_id, *sorted((pair["a"], pair["b"]))])
+
+
+def keep_fraction(order: Sequence[str], fraction: float, seed: int, pairs: Mapping[str, Sequence[str]] | None) -> Kept:
+    """The first units in hash order, exactly that fraction of them.
+
+    Args:
+        order: prompt_ids in hash order.
+        fraction: share to keep.
+        seed: of the hash that orders pairs.
+        pairs: names of each prompt's pairs by `pair_unit`, to keep single pairs; None keeps prompts with all pairs.
+
+    Raises:
+        SubsamplingError: the fraction keeps nothing.
+    """
+    if pairs is None:
+        return Kept(list(order[: share(fraction, len(order))]), None, len(order))
+    units = hash_order(seed, {unit for name in order for unit in pairs[name]})
+    kept = set(units[: share(fraction, len(units))])
+    return Kept([name for name in order if not kept.isdisjoint(pairs[name])], kept, len(units))
+
+
+def draw_validation(order: Sequence[str], kept: Collection[str], texts: Mapping[str, str], prompts: int) -> list[str]:
+    """Validation prompts for training data without a validation split: from the end of the hash order.
+
+    Args:
+        order: all prompt_ids in hash order.
+        kept: those that training keeps anything of.
+        texts: normalised text by prompt_id; one with a kept prompt's text is not drawn.
+        prompts: how many to draw.
+
+    Raises:
+        SubsamplingError: training leaves fewer.
+    """
+    names, seen = set(kept), {texts[name] for name in kept}
+    free = [name for name in reversed(order) if name not in names and texts[name] not in seen]
+    if len(free) < prompts:
+        raise SubsamplingError(
+            f"{prompts} validation prompts are asked for, but training leaves only {len(free)} of {len(order)}; "
+            "lower train_fraction or validation_prompts, or subsample by prompt"
+        )
+    return free[:prompts]
+
+
+def restricted(rows: Iterable[dict[str, Any]], kept: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Rows with only their kept pairs (by `pair_unit`) and only the images that occur in these."""
+    for row in rows:
+        pairs = [pair for pair in row["pairs"] if pair_unit(row["prompt_id"], pair) in kept]
+        used = {pair[side] for pair in pairs for side in ("a", "b")}
+        images = [
+            (name, archive) for name, archive in zip(row["image_ids"], row["archives"], strict=True) if name in used
+        ]
+        yield row | {"pairs": pairs, "image_ids": [i for i, _ in images], "archives": [a for _, a in images]}

@@ -1,0 +1,236 @@
+"""What a result was made of: stage configuration, code digest, input digests, and the sidecar that records them.
+
+`stage_key` is the one identity of a stage instance. Checkpoint folders, MLflow runs and sidecars use it.
+"""
+
+import ast
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGE = __package__ or "workflow_scripts"
+ROOT = Path(__file__).resolve().parent.parent
+
+# Modules that cannot change the bytes of a result: what they decide is in the stage's canonical configuration already,
+# or is only recorded.
+WITHOUT_EFFECT = ("command_line", "configuration", "provenance", "stage_configuration", "tracking")
+VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "numpy", "pyarrow", "pillow", "scipy")
+
+
+class ProvenanceError(RuntimeError):
+    """A file does not match its sidecar, or has none: names the file and the remedy."""
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal exactly when the values are: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text, 16 hex digits: enough to tell stages apart, short enough for a folder name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sidecar_path(output: Path) -> Path:
+    """Where the provenance of a job's first output stands."""
+    return output.with_name(output.name + ".provenance.json")
+
+
+# ------------------------------------------------------------------------------------------------------------ the code
+
+
+@cache
+def code_digest(stage: str, engine: str | None = None) -> str:
+    """Digest of the code that a stage runs.
+
+    It covers the stage's module and every project module it imports, directly or not, each without comments,
+    docstrings, formatting and import order. Of the rollout engines only the selected one counts.
+    """
+    closure = module_closure(f"{PACKAGE}.{stage}", engine)
+    return digest("\n".join(f"# {name}\n{_essence(path)}" for name, path in sorted(closure.items())))
+
+
+def module_closure(module: str, engine: str | None = None) -> dict[str, Path]:
+    """Project modules that `module` runs (itself included), without those that cannot change a result."""
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _module_path(name)
+        short = name.removeprefix(f"{PACKAGE}.")
+        other_engine = (
+            short.startswith("rollouts.") and short.endswith("_engine") and short != f"rollouts.{engine}_engine"
+        )
+        if path is None or name in found or short in WITHOUT_EFFECT or other_engine:
+            continue
+        found[name] = path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def _module_path(name: str) -> Path | None:
+    if name.split(".")[0] != PACKAGE:
+        return None
+    path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+    return path if path.is_file() else None
+
+
+def _essence(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # A bare string is prose wherever it stands: docstring of a module, a function, a class or an attribute.
+            node.body = [
+                n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+            ] or [ast.Pass()]
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            node.names.sort(key=lambda alias: alias.name)
+    imports = sorted(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+    rest = [ast.unparse(node) for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+    return "\n".join(imports + rest)
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`; rename it to `path` on success, remove it on failure: never a half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON atomically, the same bytes for the same value."""
+    with replacing(path) as temporary:
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def described(path: Path) -> dict[str, Any]:
+    """Digest, size and modification time of a file."""
+    status = path.stat()
+    return {"sha256": file_digest(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
+    """Digest of a file, checked against its record (unread where size and modification time are as recorded).
+
+    Raises:
+        ProvenanceError: the content differs from the record.
+    """
+    status = path.stat()
+    if (status.st_size, status.st_mtime_ns) != (record["bytes"], record["mtime_ns"]) and (
+        status.st_size != record["bytes"] or file_digest(path) != record["sha256"]
+    ):
+        raise ProvenanceError(
+            f"{path} is not what its stage wrote (see {recorded_in}); delete it and run snakemake again to make it anew"
+        )
+    return str(record["sha256"])
+
+
+def read_sidecar(output: Path) -> dict[str, Any]:
+    """Provenance of a job by its first output.
+
+    Raises:
+        ProvenanceError: there is no sidecar, or it is not readable.
+    """
+    path = sidecar_path(output)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ProvenanceError(
+            f"{output} has no readable provenance file {path} ({error}); delete {output} and run snakemake again"
+        ) from None
+
+
+def verify(output: Path) -> dict[str, Any]:
+    """Check every output of the job that wrote `output` against the sidecar, and return the sidecar.
+
+    Raises:
+        ProvenanceError: a file differs from what the stage wrote, is missing, or has no sidecar.
+    """
+    sidecar = read_sidecar(output)
+    for name, record in sidecar["outputs"].items():
+        path = output.parent / name
+        if not path.is_file():
+            raise ProvenanceError(
+                f"{path} is missing (see {sidecar_path(output)}); run snakemake again to make it anew"
+            )
+        check_file(path, record, sidecar_path(output))
+    return sidecar
+
+
+def stage_key(stage: str, config: Any, inputs: dict[str, Any], code: str) -> str:
+    """Identity of a stage instance: its configuration (wildcards included), its inputs' digests and its code."""
+    return digest(canonical_json([stage, config, inputs, code]))
+
+
+@cache
+def git_commit() -> str | None:
+    """Commit of the checkout, with "+changes" where files differ; None outside a checkout."""
+    try:
+        run = [
+            subprocess.run(
+                ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run[0] + ("+changes" if run[1] else "")
+
+
+def stage_environment(configuration: Any) -> dict[str, str]:
+    """Environment variables of every job: this interpreter and package first, numeric threads, tracking.
+
+    Tracking is told by environment, never by a rule's parameter, so none of its keys reruns anything.
+    """
+    tracking = configuration.tracking
+    threads = str(configuration.numeric_threads)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri
+    return {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_TRACKING_URI": uri if tracking.enabled else "",
+        "MLFLOW_EXPERIMENT_NAME": tracking.experiment,
+        "SOFTPREF_ARTIFACT_MEGABYTES": str(tracking.artifact_megabytes),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the results."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS}}

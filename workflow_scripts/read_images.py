@@ -1,0 +1,85 @@
+"""Read the images of selected prompts out of the published archives, and no others.
+
+python -m workflow_scripts.read_images --record results/downloads/imagereward/dataset.json \
+    --subset results/datasets/imagereward/test/subset.parquet \
+    --output results/datasets/imagereward/test/images-0000.parquet \
+    --listing results/datasets/imagereward/test/images-0000.json \
+    --config '{"dataset": "imagereward", "split": "test", "shard": 0, "start": 0, "stop": 500}'
+
+Images that cannot be decoded are left out and listed.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.command_line import Input, Output, StageArguments
+from workflow_scripts.preferences.archives import UnreadableImageError, decoded_size, iter_images
+from workflow_scripts.preferences.schema import SUBSET, read_table, write_images
+from workflow_scripts.provenance import check_file, write_json
+from workflow_scripts.stage_configuration import ReadImages
+from workflow_scripts.tracking import run_stage
+
+
+class Arguments(StageArguments):
+    """Read the images of selected prompts out of the published archives, and no others."""
+
+    record: Input
+    """dataset.json of the data set; the raw files stand beside it."""
+    subset: Input
+    """subset.parquet: the selected prompts."""
+    output: Output
+    """images-*.parquet: the encoded images."""
+    listing: Output
+    """JSON: how many images are wanted and read, which are unreadable (with the reason) and which are missing."""
+    config: ReadImages
+    """Which prompts, by their position in the subset."""
+
+
+def main() -> None:
+    """Run the stage."""
+    arguments = Arguments.parse()
+    with run_stage(arguments) as run:
+        config = arguments.config
+        wanted: dict[str, set[str]] = defaultdict(set)
+        for row in read_table(arguments.subset, SUBSET).select(["position", "image_ids", "archives"]).to_pylist():
+            if row["position"] >= config.start and (config.stop is None or row["position"] < config.stop):
+                for image_id, archive in zip(row["image_ids"], row["archives"], strict=True):
+                    wanted[archive].add(image_id)
+        files = json.loads(arguments.record.read_text(encoding="utf-8"))["files"]
+        for archive in wanted:
+            check_file(arguments.record.parent / archive, files[archive], arguments.record)
+
+        unreadable: dict[str, str] = {}
+        read = write_images(arguments.output, stream_images(arguments.record.parent, wanted, unreadable))
+        everything = set().union(*wanted.values())
+        missing = sorted(everything - read - unreadable.keys())
+        if 2 * len(read) < len(everything):
+            raise ValueError(
+                f"only {len(read)} of {len(everything)} images can be read ({len(unreadable)} unreadable, "
+                f"{len(missing)} missing, such as {[*unreadable.items(), *missing][:3]}); "
+                f"make {arguments.record} and its files anew"
+            )
+        counts = {"wanted": len(everything), "read": len(read)}
+        write_json(arguments.listing, counts | {"unreadable": unreadable, "missing": missing})
+        run.metrics({**counts, "unreadable": len(unreadable), "missing": len(missing)})
+        if unreadable or missing:
+            run.warn(f"{len(unreadable)} images are unreadable and {len(missing)} missing; see {arguments.listing}")
+
+
+def stream_images(folder: Path, wanted: dict[str, set[str]], unreadable: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows of IMAGES archive by archive; an image that cannot be decoded goes to `unreadable` with the reason."""
+    for archive in sorted(wanted):
+        for image_id, data in iter_images(folder / archive, wanted[archive]):
+            try:
+                width, height = decoded_size(data)
+            except UnreadableImageError as error:
+                unreadable[image_id] = str(error)
+            else:
+                yield {"image_id": image_id, "bytes": data, "width": width, "height": height}
+
+
+if __name__ == "__main__":
+    main()

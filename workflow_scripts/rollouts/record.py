@@ -1,0 +1,35 @@
+"""The rollout record: one row for each item and k, all that is ever needed of the model."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from workflow_scripts.provenance import replacing
+
+ROLLOUT = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("candidate", pa.string(), nullable=False),  # image that the score belongs to
+        pa.field("anchor", pa.string()),  # null: a single image
+        pa.field("candidate_second", pa.bool_()),  # pairs: whether the candidate was shown second
+        pa.field("k", pa.int32(), nullable=False),  # number of the rollout of this item, from 0 over all blocks
+        pa.field("seed", pa.uint64(), nullable=False),  # of the batch's random generator
+        pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("answer_position", pa.int32(), nullable=False),  # index in completion_ids whose logits are recorded
+        pa.field("forced", pa.bool_(), nullable=False),  # the engine closed the thinking
+        pa.field("sampled_answer", pa.int8()),  # null: none, or not a valid one
+        # Over the answer tokens in ascending order, renormalised, before temperature and other sampling settings.
+        pa.field("answer_logprobs", pa.list_(pa.float64()), nullable=False),
+    ]
+)
+
+
+def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows in the order of item and k, atomically."""
+    rows = sorted(rows, key=lambda row: (row["item_id"], row["k"]))
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT), temporary, compression="zstd")

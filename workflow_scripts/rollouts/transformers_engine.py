@@ -1,0 +1,184 @@
+"""The transformers engine: image encoded and prompt prefilled once for all rollouts, answer logits read in the pass.
+
+What is in a batch depends on the items given alone, and the random numbers on the seed alone: a shard's result is the
+same whichever other shards ran, and on any number of cores.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from workflow_scripts.configuration import Sampling
+from workflow_scripts.policy.loading import Policy
+from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
+from workflow_scripts.rollouts.items import Item, stable_random
+
+
+def generate(
+    policy: Policy,
+    items: list[Item],
+    images: dict[str, Image.Image],
+    *,
+    rollouts: int,
+    first_k: int,
+    sampling: Sampling,
+    batch_items: int,
+    seed: str,
+) -> Iterator[dict[str, Any]]:
+    """Generate `rollouts` rollouts of every item, as rows of `rollouts.record.ROLLOUT`.
+
+    Items are batched by length. `seed` is any text; each batch draws from a generator of its own made from it.
+    """
+    tokenizer = policy.tokenizer
+    chats = [messages(policy.template, item.prompt) for item in items]
+    prompts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    sizes = [sum(images[i].width * images[i].height for i in item.image_ids) for item in items]
+    order = sorted(range(len(items)), key=lambda i: (sizes[i], lengths[i], items[i].item_id))
+    for start in tqdm(range(0, len(order), batch_items), desc="batches of items", mininterval=10):
+        batch = order[start : start + batch_items]
+        batch_seed = stable_random(seed, start)
+        inputs = policy.processor(
+            text=[prompts[i] for i in batch],
+            images=[images[name].convert("RGB") for i in batch for name in items[i].image_ids],
+            padding=True,
+            return_tensors="pt",
+        )
+        completions = _sample(policy, inputs.to(policy.model.device), rollouts, sampling, batch_seed)
+        for row, completion in enumerate(completions):
+            item = items[batch[row // rollouts]]
+            yield {
+                "item_id": item.item_id,
+                "prompt_id": item.prompt_id,
+                "candidate": item.candidate,
+                "anchor": item.anchor,
+                "candidate_second": None if item.anchor is None else item.image_ids[1] == item.candidate,
+                "k": first_k + row % rollouts,
+                "seed": batch_seed,
+                **completion,
+            }
+
+
+@torch.no_grad()
+def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed: int) -> list[dict[str, Any]]:
+    """Sample `rollouts` completions of each prompt of a batch.
+
+    A row thinks until it opens its answer; the logits before the first token there that is not white space are
+    recorded. A row that ends, or uses up its thinking budget, before that is made to open its answer.
+    """
+    model: Any = policy.model
+    tokenizer = policy.tokenizer
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = model.generation_config.eos_token_id
+    end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    closing = tokenizer.encode(CLOSE_THINKING + OPEN_ANSWER, add_special_tokens=False)
+    opening = tokenizer.encode(OPEN_ANSWER, add_special_tokens=False)
+    answer_ids = torch.tensor(policy.answer_token_ids, device=model.device)
+    generator = torch.Generator(model.device).manual_seed(seed % 2**63)
+    warpers = _warpers(sampling)
+    pieces: dict[int, str] = {}
+
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(rollouts)
+    mask = inputs["attention_mask"].repeat_interleave(rollouts, 0)
+    deltas = inner.model.rope_deltas.repeat_interleave(rollouts, 0)
+    positions = mask.sum(1, keepdim=True) + deltas
+    logits = out.logits[:, -1].float().repeat_interleave(rollouts, 0)
+
+    count = len(logits)
+    alive = list(range(count))
+    ids: list[list[int]] = [[] for _ in range(count)]
+    text = [""] * count
+    queued: list[list[int]] = [[] for _ in range(count)]  # tokens that the engine will put in
+    opened: list[int | None] = [None] * count  # length at which the answer was opened
+    position: list[int | None] = [None] * count  # of the recorded logits; the last one stands
+    waiting = [False] * count  # the next token that is not white space is the answer
+    forced = [False] * count
+    logprobs: list[list[float]] = [[] for _ in range(count)]
+
+    while True:
+        asked = [j for j, row in enumerate(alive) if waiting[row]]
+        if asked:
+            restricted = logits[asked][:, answer_ids].double().log_softmax(-1).tolist()
+            for j, values in zip(asked, restricted, strict=True):
+                logprobs[alive[j]], position[alive[j]] = values, len(ids[alive[j]])
+        drawn = _draw(logits, warpers, sampling, generator).tolist()
+        keep = []
+        for j, row in enumerate(alive):
+            token = drawn[j]
+            ended = token in end_ids
+            if not queued[row] and opened[row] is None and (ended or len(ids[row]) >= sampling.max_thinking_tokens):
+                forced[row] = True
+                queued[row] = list(opening if CLOSE_THINKING in text[row] else closing)
+            if queued[row]:
+                token = queued[row].pop(0)
+            elif ended:
+                continue
+            ids[row].append(token)
+            if token not in pieces:
+                pieces[token] = tokenizer.decode([token])
+            text[row] += pieces[token]
+            if opened[row] is None:
+                if text[row].rstrip().endswith(OPEN_ANSWER):
+                    opened[row], waiting[row] = len(ids[row]), True
+            elif waiting[row] and pieces[token].strip():
+                waiting[row] = False
+            drawn[j] = token
+            budget_from = opened[row]
+            if budget_from is None or len(ids[row]) - budget_from < sampling.max_answer_tokens:
+                keep.append(j)
+        if not keep:
+            break
+        if len(keep) < len(alive):
+            index = torch.tensor(keep, device=model.device)
+            cache.batch_select_indices(index)
+            mask, positions = mask[index], positions[index]
+            alive = [alive[j] for j in keep]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        out = model(
+            input_ids=torch.tensor([[drawn[j]] for j in keep], device=model.device),
+            attention_mask=mask,
+            position_ids=positions[None].expand(3, -1, -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits, positions = out.logits[:, -1].float(), positions + 1
+
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=False)
+    return [
+        {
+            "completion_ids": ids[row],
+            "text": texts[row],
+            "answer_position": position[row],
+            "forced": forced[row],
+            "sampled_answer": sampled_answer(texts[row], policy.answers),
+            "answer_logprobs": logprobs[row],
+        }
+        for row in range(count)
+    ]
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if sampling.temperature not in (0, 1):
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+def _draw(
+    logits: torch.Tensor, warpers: LogitsProcessorList, sampling: Sampling, generator: torch.Generator
+) -> torch.Tensor:
+    """Next token of each row: (rows, vocabulary) -> (rows,)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    no_tokens: Any = torch.empty(len(logits), 0)  # none of the warpers reads the tokens so far
+    return torch.multinomial(warpers(no_tokens, logits).softmax(-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,96 @@
+"""Turn recorded answer logits to scores of images (paper §3): soft, and hard from the sampled answer.
+
+python -m workflow_scripts.score_rollouts results/rollouts/imagereward/grpo/seed0/imagereward/*.parquet \
+    --output results/scores/imagereward/grpo/seed0/imagereward.parquet --config '{"track": "imagereward", …}'
+"""
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic_settings import CliPositionalArg
+
+from workflow_scripts.command_line import Input, Output, StageArguments
+from workflow_scripts.policy.prompts import ANSWERS
+from workflow_scripts.preferences.schema import read_table
+from workflow_scripts.provenance import replacing
+from workflow_scripts.rollouts.record import ROLLOUT
+from workflow_scripts.scoring.anchor_ranking import anchor_scores, candidate_probability
+from workflow_scripts.scoring.pair_accuracy import expected_answer
+from workflow_scripts.stage_configuration import ScoreRollouts
+from workflow_scripts.tracking import run_stage
+
+SCORE = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("k", pa.int32(), nullable=False),
+        pa.field("soft", pa.float64(), nullable=False),
+        pa.field("hard", pa.float64()),  # null: no valid sampled answer
+        pa.field("forced", pa.float64()),  # share of the rollouts behind it that were forced; null: an anchor
+    ]
+)
+
+
+class Arguments(StageArguments):
+    """Turn recorded answer logits to scores of images."""
+
+    rollouts: CliPositionalArg[list[Input]]
+    """Rollout files: all shards and blocks of one policy on one test set."""
+    output: Output
+    """Scores, one row for each image and k."""
+    config: ScoreRollouts
+    """Configuration of this stage as JSON."""
+
+
+def scores(rollouts: pd.DataFrame, answers: tuple[int, ...]) -> pd.DataFrame:
+    """Columns of SCORE from columns of ROLLOUT: expected ratings, or probabilities against the prompt's anchor."""
+    frame = rollouts[["item_id", "prompt_id", "k", "forced"]].assign(
+        image_id=rollouts["candidate"],
+        soft=expected_answer(np.stack(list(rollouts["answer_logprobs"])), answers),
+        hard=rollouts["sampled_answer"].astype("float64"),
+        forced=rollouts["forced"].astype("float64"),
+    )
+    if rollouts["anchor"].isna().all():
+        return frame
+    for column in ("soft", "hard"):
+        frame[column] = candidate_probability(frame[column], rollouts["candidate_second"].astype(bool))
+    anchors = rollouts.groupby("prompt_id")["anchor"].first()
+    return pd.concat([_against_anchor(group, str(anchors[name])) for name, group in frame.groupby("prompt_id")])
+
+
+def _against_anchor(frame: pd.DataFrame, anchor: str) -> pd.DataFrame:
+    """Scores of one prompt's images, the anchor's among them; both presentation orders of a pair are averaged."""
+    names = [anchor, *sorted(set(frame["image_id"]))]
+    columns = {}
+    for column in ("soft", "hard", "forced"):
+        table = frame.pivot(index=["item_id", "image_id"], columns="k", values=column)
+        candidates = [names.index(image) for image in table.index.get_level_values("image_id")]
+        columns[column] = anchor_scores(len(names), 0, candidates, table.to_numpy()).ravel()
+    index = pd.MultiIndex.from_product([names, table.columns], names=["image_id", "k"])
+    scored = pd.DataFrame(columns, index=index).reset_index().assign(prompt_id=frame["prompt_id"].iloc[0])
+    scored.loc[scored["image_id"] == anchor, "forced"] = np.nan
+    return scored
+
+
+def main() -> None:
+    """Run the stage."""
+    arguments = Arguments.parse()
+    answers = ANSWERS[arguments.config.protocol]
+    with run_stage(arguments) as run:
+        rollouts = pd.concat([read_table(path, ROLLOUT).to_pandas() for path in arguments.rollouts], ignore_index=True)
+        frame = scores(rollouts, answers).sort_values(["prompt_id", "image_id", "k"])
+        with replacing(arguments.output) as temporary:
+            pq.write_table(pa.Table.from_pandas(frame, SCORE, preserve_index=False), temporary, compression="zstd")
+        run.metrics(
+            {
+                "rollouts": len(rollouts),
+                "images": frame["image_id"].nunique(),
+                "forced_share": float(rollouts["forced"].mean()),
+                "missing_answer_share": float(rollouts["sampled_answer"].isna().mean()),
+            }
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""Which keys of the configuration each stage uses: its `config` argument, and nothing else reaches it.
+
+The canonical JSON of these models is a rule's parameter, so a stage reruns exactly when one of its own keys changed.
+"""
+
+from typing import Literal, Self
+
+from workflow_scripts.configuration import (
+    PROTOCOL,
+    Bootstrap,
+    ColdStart,
+    Configuration,
+    CrossTest,
+    Dataset,
+    Hpdv2Hub,
+    Hpdv2World,
+    ImageRewardHub,
+    ImageRewardWorld,
+    PairwiseTraining,
+    PointwiseTraining,
+    PolicyHub,
+    Sampling,
+    Section,
+    Split,
+    Track,
+)
+from workflow_scripts.provenance import ROOT, canonical_json
+
+Protocol = Literal["pointwise", "pairwise"]
+VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train"}  # HPDv2 has no validation split
+
+
+class StageConfig(Section):
+    """What one stage instance uses, wildcards included."""
+
+    def canonical(self) -> str:
+        """Text that differs exactly when the stage has to rerun."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+class SynthesizeDataset(StageConfig):
+    """Config of `synthesize_dataset`."""
+
+    dataset: Dataset
+    world: Hpdv2World | ImageRewardWorld  # the one with fewer keys first: the first that fits is taken
+
+    @classmethod
+    def of(cls, c: Configuration, dataset: Dataset) -> Self:
+        """Select from the configuration."""
+        return cls(dataset=dataset, world=getattr(c.datasets, dataset).synthetic)
+
+
+class DownloadDataset(StageConfig):
+    """Config of `download_dataset`."""
+
+    dataset: Dataset
+    hub: Hpdv2Hub | ImageRewardHub
+
+    @classmethod
+    def of(cls, c: Configuration, dataset: Dataset) -> Self:
+        """Select from the configuration."""
+        return cls(dataset=dataset, hub=getattr(c.datasets, dataset).hub)
+
+
+class ReadAnnotations(StageConfig):
+    """Config of `read_annotations`."""
+
+    dataset: Dataset
+    split: Split
+
+    @classmethod
+    def of(cls, c: Configuration, dataset: Dataset, split: Split) -> Self:
+        """Select from the configuration."""
+        return cls(dataset=dataset, split=split)
+
+
+class SelectSubset(StageConfig):
+    """Config of `select_subset`: `fraction` for training, `prompts` for validation, everything (in order) for test."""
+
+    dataset: Dataset
+    split: Split
+    seed: int
+    by: Literal["prompt", "pair"]
+    fraction: float
+    prompts: int | None
+    drop_overlap: bool
+
+    @classmethod
+    def of(cls, c: Configuration, dataset: Dataset, split: Split) -> Self:
+        """Select from the configuration."""
+        data = getattr(c.datasets, dataset)
+        whole = split == "test"
+        return cls(
+            dataset=dataset,
+            split=split,
+            seed=data.subsample_seed,
+            by="prompt" if whole else data.subsample_by,
+            # The validation draw of HPDv2 needs to know what training keeps.
+            fraction=1.0 if whole else data.train_fraction,
+            prompts=data.validation_prompts if split == "validation" else None,
+            drop_overlap=not whole and data.drop_overlap,
+        )
+
+
+class ReadImages(StageConfig):
+    """Config of `read_images`: which positions of the subset's hash order; `stop` None is to the end."""
+
+    dataset: Dataset
+    split: Split
+    shard: int
+    start: int
+    stop: int | None
+
+    @classmethod
+    def of(cls, c: Configuration, dataset: Dataset, split: Split, shard: int) -> Self:
+        """Select from the configuration: test images by shard, those of the other splits in one piece."""
+        start, stop = shard_range(c, dataset, shard) if split == "test" else (0, None)
+        return cls(dataset=dataset, split=split, shard=shard, start=start, stop=stop)
+
+
+class ColdStartPolicy(StageConfig):
+    """Config of `cold_start_policy`."""
+
+    cold_start: ColdStart
+    templates: dict[Protocol, str]
+    numeric_threads: int
+
+    @classmethod
+    def of(cls, c: Configuration) -> Self:
+        """Select from the configuration."""
+        return cls(
+            cold_start=c.policy.cold_start,
+            templates={"pointwise": c.prompts.pointwise, "pairwise": c.prompts.pairwise},
+            numeric_threads=c.numeric_threads,
+        )
+
+
+class PrepareBasePolicy(StageConfig):
+    """Config of `prepare_base_policy`."""
+
+    source: Literal["bundled", "cold_start", "hub"]
+    bundled: str | None
+    hub: PolicyHub | None
+
+    @classmethod
+    def of(cls, c: Configuration) -> Self:
+        """Select from the configuration."""
+        source = c.policy.source
+        return cls(
+            source=source,
+            bundled=c.policy.bundled if source == "bundled" else None,
+            hub=c.policy.hub if source == "hub" else None,
+        )
+
+
+class ModelConfig(Section):
+    """How a model is loaded and what it is asked: shared by training and rollouts."""
+
+    protocol: Protocol
+    template: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: Literal["cpu", "cuda"]
+    min_pixels: int
+    max_pixels: int
+    numeric_threads: int
+
+    @classmethod
+    def of(cls, c: Configuration, track: Track) -> Self:
+        """Select from the configuration."""
+        protocol = PROTOCOL[track]
+        return cls(
+            protocol=protocol,
+            template=getattr(c.prompts, protocol),
+            dtype=c.policy.dtype,
+            device=c.policy.device,
+            min_pixels=c.policy.min_pixels,
+            max_pixels=c.policy.max_pixels,
+            numeric_threads=c.numeric_threads,
+        )
+
+
+class TrainGrpo(StageConfig):
+    """Config of `train_grpo`."""
+
+    track: Track
+    seed: int
+    model: ModelConfig
+    training: PairwiseTraining | PointwiseTraining
+
+    @classmethod
+    def of(cls, c: Configuration, track: Track, seed: int) -> Self:
+        """Select from the configuration."""
+        return cls(track=track, seed=seed, model=ModelConfig.of(c, track), training=getattr(c.training, track))
+
+
+class GenerateRollouts(StageConfig):
+    """Config of `generate_rollouts`; `start` and `stop` are positions in the hash order of the test prompts."""
+
+    track: Track
+    policy: Literal["zeroshot", "grpo"]
+    test: Dataset
+    seed: int
+    shard: int
+    start: int
+    stop: int
+    block: int
+    rollouts: int
+    batch_items: int
+    both_orders: bool
+    engine: Literal["transformers"]
+    sampling: Sampling
+    model: ModelConfig
+
+    @classmethod
+    def of(
+        cls,
+        c: Configuration,
+        track: Track,
+        policy: Literal["zeroshot", "grpo"],
+        test: Dataset,
+        seed: int,
+        shard: int,
+        block: int,
+    ) -> Self:
+        """Select from the configuration."""
+        start, stop = shard_range(c, test, shard)
+        return cls(
+            track=track,
+            policy=policy,
+            test=test,
+            seed=seed,
+            shard=shard,
+            start=start,
+            stop=stop,
+            block=block,
+            rollouts=c.rollouts.block_size,
+            batch_items=c.rollouts.batch_items,
+            both_orders=PROTOCOL[track] == "pairwise" and c.rollouts.both_orders,
+            engine=c.rollouts.engine,
+            sampling=c.rollouts.sampling,
+            model=ModelConfig.of(c, track),
+        )
+
+
+class ScoreRollouts(StageConfig):
+    """Config of `score_rollouts`."""
+
+    track: Track
+    policy: Literal["zeroshot", "grpo"]
+    test: Dataset
+    seed: int
+    protocol: Protocol
+
+    @classmethod
+    def of(cls, c: Configuration, track: Track, policy: Literal["zeroshot", "grpo"], test: Dataset, seed: int) -> Self:
+        """Select from the configuration."""
+        return cls(track=track, policy=policy, test=test, seed=seed, protocol=PROTOCOL[track])
+
+
+class MeasureAccuracy(StageConfig):
+    """Config of `measure_accuracy`."""
+
+    track: Track
+    policy: Literal["zeroshot", "grpo"]
+    test: Dataset
+    seed: int
+    protocol: Protocol
+    report_k: list[int]
+    missing_answer: Literal["wrong", "neutral", "dropped"]
+    bootstrap: Bootstrap
+
+    @classmethod
+    def of(cls, c: Configuration, track: Track, policy: Literal["zeroshot", "grpo"], test: Dataset, seed: int) -> Self:
+        """Select from the configuration."""
+        return cls(
+            track=track,
+            policy=policy,
+            test=test,
+            seed=seed,
+            protocol=PROTOCOL[track],
+            report_k=c.scoring.report_k,
+            missing_answer=c.scoring.missing_answer,
+            bootstrap=c.scoring.bootstrap,
+        )
+
+
+class MakeTables(StageConfig):
+    """Config of `make_tables`."""
+
+    tracks: list[Track]
+    cross_tests: list[CrossTest]
+    seeds: list[int]
+    report_k: list[int]
+    missing_answer: Literal["wrong", "neutral", "dropped"]
+    bootstrap: Bootstrap
+    hpsv2_fraction: float
+
+    @classmethod
+    def of(cls, c: Configuration) -> Self:
+        """Select from the configuration."""
+        return cls(
+            tracks=c.tracks,
+            cross_tests=c.cross_tests,
+            seeds=c.seeds,
+            report_k=c.scoring.report_k,
+            missing_answer=c.scoring.missing_answer,
+            bootstrap=c.scoring.bootstrap,
+            hpsv2_fraction=c.datasets.hpsv2.train_fraction,
+        )
+
+
+def shard_range(c: Configuration, test: Dataset, shard: int) -> tuple[int, int]:
+    """Positions [start, stop) of a shard in the hash order of the test prompts; only the last one is cut short."""
+    start = shard * c.rollouts.shard_prompts
+    return start, min(start + c.rollouts.shard_prompts, getattr(c.datasets, test).test_prompts)
+
+
+def shards(c: Configuration, test: Dataset) -> list[int]:
+    """Numbers of the shards that cover the test prompts."""
+    return list(range(-(-getattr(c.datasets, test).test_prompts // c.rollouts.shard_prompts)))
+
+
+def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
+    """(track, policy, test, seed) of every accuracy that the tables need; cross rows are of trained policies only."""
+    own: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in ("zeroshot", "grpo")]
+    cross: list[tuple[Track, str, Dataset]] = [(x.track, "grpo", x.test) for x in c.cross_tests]
+    return [(*case, seed) for case in own + cross for seed in c.seeds]
+
+
+def dataset_record(c: Configuration, dataset: Dataset) -> str:
+    """Record of the raw data set; synthetic and published data never share a folder."""
+    return f"{c.downloads}/{getattr(c.datasets, dataset).source}/{dataset}/dataset.json"
+
+
+def bundled_files(c: Configuration) -> list[str]:
+    """Files of the bundled policy that a changed model would change."""
+    if c.policy.source != "bundled":
+        return []
+    return [str(path) for path in sorted((ROOT / c.policy.bundled).glob("*.safetensors"))]
+
+
+def separate_training_preferences(c: Configuration, dataset: Dataset) -> list[str]:
+    """Training annotations that a validation split must not overlap with; none where it is drawn from them."""
+    own = VALIDATION_FROM[dataset] == "validation"
+    return [f"{c.results}/datasets/{dataset}/train/preferences.parquet"] if own else []

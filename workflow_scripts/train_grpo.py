@@ -1,0 +1,339 @@
+"""Train a LoRA adapter with GRPO on one track (paper §2.2 and §4), and keep the adapter that validates best.
+
+python -m workflow_scripts.train_grpo --base results/policies/base/manifest.json \
+    --train results/datasets/imagereward/train/subset.parquet \
+    --train_images results/datasets/imagereward/train/images-0000.parquet \
+    --validation results/datasets/imagereward/validation/subset.parquet \
+    --validation_images results/datasets/imagereward/validation/images-0000.parquet \
+    --adapter results/policies/imagereward/seed0/adapter_model.safetensors \
+    --adapter_config results/policies/imagereward/seed0/adapter_config.json \
+    --record results/policies/imagereward/seed0/training.json \
+    --checkpoints results/checkpoints --config '{"track": "imagereward", "seed": 0, "model": {…}, "training": {…}}'
+
+The run goes on from its last complete checkpoint in `<checkpoints>/<stage_key>` after a kill.
+"""
+
+import io
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from peft import LoraConfig
+from PIL import Image
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from workflow_scripts.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration import Sampling, Training
+from workflow_scripts.policy.loading import as_policy, load_model, load_processor
+from workflow_scripts.policy.prompts import ANSWERS, messages
+from workflow_scripts.preferences.schema import IMAGES, SUBSET, read_table
+from workflow_scripts.provenance import replacing, write_json
+from workflow_scripts.rewards import approximate_reward, exact_reward, format_reward
+from workflow_scripts.rollouts.items import Item, stable_random
+from workflow_scripts.rollouts.transformers_engine import generate
+from workflow_scripts.scoring.pair_accuracy import expected_answer, pair_accuracy
+from workflow_scripts.stage_configuration import TrainGrpo
+from workflow_scripts.tracking import Run, run_stage
+
+REWARDS = {"format": format_reward, "exact": exact_reward, "approximate": approximate_reward}
+BEST = "eval_soft_pair_accuracy"
+
+
+class Arguments(StageArguments):
+    """Train a LoRA adapter with GRPO on one track."""
+
+    base: Input
+    """Manifest of the base policy."""
+    train: Input
+    """Training prompts with their annotations."""
+    train_images: Input
+    """Their images."""
+    validation: Input
+    """Validation prompts with their annotations."""
+    validation_images: Input
+    """Their images."""
+    adapter: Output
+    """Weights of the adapter that validated best."""
+    adapter_config: Output
+    """Its configuration."""
+    record: Output
+    """What happened in training: curves, best step, answer histogram, collapse."""
+    checkpoints: Path
+    """Folder of resume states."""
+    config: TrainGrpo
+    """Configuration of this stage as JSON."""
+
+
+def training_items(rows: list[dict[str, Any]], readable: set[str], protocol: str, seed: int) -> list[tuple[Item, int]]:
+    """Items with targets: an image with its rating, or a pair in random order with 1 where the second is preferred."""
+    items = []
+    for row in rows:
+        if protocol == "pointwise":
+            for image, rating in zip(row["image_ids"], row["ratings"], strict=True):
+                if image in readable:
+                    items.append((Item(row["prompt_id"], row["prompt"], (image,), image), rating))
+            continue
+        for pair in row["pairs"]:
+            shown = [pair["a"], pair["b"]]
+            if not set(shown) <= readable:
+                continue
+            if stable_random("order", seed, row["prompt_id"], *sorted(shown)) % 2:
+                shown.reverse()
+            preferred = pair["b"] if pair["preferred"] else pair["a"]
+            items.append((Item(row["prompt_id"], row["prompt"], tuple(shown), shown[1]), int(shown[1] == preferred)))
+    return items
+
+
+def image_reader(path: Path, cache: Path) -> tuple[set[str], Callable[[str], Image.Image]]:
+    """Names of the images of a file and a function that decodes one; memory-mapped, so any number fits."""
+    table = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache), keep_in_memory=False)
+    if table.column_names != IMAGES.names:
+        raise ValueError(f"{path} is not an images table; delete it and run snakemake again")
+    row_of = {name: row for row, name in enumerate(table["image_id"])}
+
+    def read(name: str) -> Image.Image:
+        return Image.open(io.BytesIO(table[row_of[name]]["bytes"])).convert("RGB")
+
+    return set(row_of), read
+
+
+def soft_pair_accuracy(rollouts: list[dict[str, Any]], rows: list[dict[str, Any]], config: TrainGrpo) -> float:
+    """Share of validation pairs that the soft score orders as the annotator did, a tied score counting as wrong."""
+    answers = ANSWERS[config.model.protocol]
+    scores: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        scores.setdefault(rollout["item_id"], []).append(float(expected_answer(rollout["answer_logprobs"], answers)))
+    mean = {name: float(np.mean(values)) for name, values in scores.items()}
+    if config.model.protocol == "pointwise":
+        return pair_accuracy(
+            [[mean.get(f"{row['prompt_id']}/{image}", math.nan) for image in row["image_ids"]] for row in rows],
+            [row["ranks"] for row in rows],
+        )
+    items = training_items(rows, {name for item in mean for name in item.split("/")[1:]}, "pairwise", config.seed)
+    # A pair is a prompt of two images: the neutral 0.5 for the first and p(1) for the second.
+    return pair_accuracy(
+        [[0.5, mean[item.item_id]] for item, _ in items], [[target, 1 - target] for _, target in items]
+    )
+
+
+class ValidatingTrainer(GRPOTrainer):
+    """GRPOTrainer whose `evaluate` measures what counts: the order of the images. TRL offers no hook for metrics."""
+
+    validate: Callable[[Any], dict[str, float]]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate the current adapter; the training's random state is left as it was."""
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
+        with torch.random.fork_rng():
+            metrics = self.validate(model)
+        self.log(dict(metrics))
+        model.train(training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class CurvesToRun(TrainerCallback):
+    """Sends TRL's training curves to the stage's MLflow run."""
+
+    def __init__(self, run: Run) -> None:
+        """Curves go to `run`."""
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Pass on what is a number."""
+        numbers = {k: v for k, v in kwargs["logs"].items() if isinstance(v, int | float) and math.isfinite(v)}
+        self.run.metrics(numbers, step=state.global_step)
+
+
+def grpo_config(config: TrainGrpo, folder: Path) -> GRPOConfig:
+    """TRL's settings for ours; what they mean in the paper's symbols is in docs/method.md."""
+    t: Training = config.training
+    completions = t.prompts_per_step * t.group_size
+    return GRPOConfig(
+        output_dir=str(folder),
+        max_steps=t.steps,
+        per_device_train_batch_size=completions // t.gradient_accumulation,
+        per_device_eval_batch_size=t.group_size,
+        gradient_accumulation_steps=t.gradient_accumulation,
+        num_generations=t.group_size,
+        max_completion_length=t.max_completion_tokens,
+        temperature=t.temperature,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=t.warmup_steps,
+        max_grad_norm=t.max_grad_norm,
+        beta=t.beta,
+        epsilon=t.epsilon,
+        loss_type=t.loss_type,
+        scale_rewards=t.scale_rewards,
+        importance_sampling_level=t.importance_sampling_level,
+        num_iterations=t.num_iterations,
+        gradient_checkpointing=t.gradient_checkpointing,
+        reward_weights=[weight for _, weight in t.rewards],  # type: ignore[attr-defined]
+        bf16=config.model.dtype == "bfloat16",
+        fp16=config.model.dtype == "float16",
+        use_cpu=config.model.device == "cpu",
+        dataloader_pin_memory=config.model.device != "cpu",
+        seed=config.seed,
+        data_seed=config.seed,
+        eval_strategy="steps",
+        eval_on_start=True,
+        eval_steps=t.validate_every,
+        save_strategy="steps",
+        save_steps=t.validate_every,
+        save_total_limit=2,
+        metric_for_best_model=BEST,
+        greater_is_better=True,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=False,
+    )
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to the end: the trainer's state is written last."""
+    complete = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            json.loads(state.read_text())
+        except ValueError:
+            continue
+        complete.append(state.parent)
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def main() -> None:
+    """Run the stage."""
+    arguments = Arguments.parse()
+    config, t = arguments.config, arguments.config.training
+    with run_stage(arguments) as run:
+        folder = arguments.checkpoints / run.stage_key
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=10)
+        except Timeout:
+            raise RuntimeError(
+                f"another process trains this already (it holds {lock.lock_file}); wait or kill it"
+            ) from None
+
+        answers = ANSWERS[config.model.protocol]
+        rows = {name: read_table(path, SUBSET).to_pylist() for name, path in _splits(arguments).items()}
+        readable, read_image = {}, {}
+        for split, path in {"train": arguments.train_images, "validation": arguments.validation_images}.items():
+            readable[split], read_image[split] = image_reader(path, folder / "images")
+        items = training_items(rows["train"], readable["train"], config.model.protocol, config.seed)
+        if not items:
+            raise ValueError(f"{arguments.train}: nothing to train on; check the subset and its images")
+        validation = training_items(rows["validation"], readable["validation"], config.model.protocol, config.seed)
+        run.metrics({"training_items": len(items), "validation_items": len(validation)})
+
+        def example(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+            chosen = [items[i] for i in batch["item"]]
+            return {
+                "prompt": [messages(config.model.template, item.prompt) for item, _ in chosen],
+                "images": [[read_image["train"](name) for name in item.image_ids] for item, _ in chosen],
+                "target": [target for _, target in chosen],
+            }
+
+        def trl_reward(name: str) -> Any:
+            def reward(completions: list[Any], target: list[int], **_: Any) -> list[float]:
+                texts = [completion[0]["content"] for completion in completions]
+                return [REWARDS[name](text, goal, answers) for text, goal in zip(texts, target, strict=True)]
+
+            reward.__name__ = name
+            return reward
+
+        histograms: list[dict[str, int]] = []
+
+        def validate(model: Any) -> dict[str, float]:
+            rollouts = list(
+                generate(
+                    as_policy(model, processor, config.model),
+                    [item for item, _ in validation],
+                    {name: read_image["validation"](name) for item, _ in validation for name in item.image_ids},
+                    rollouts=t.validation_rollouts,
+                    first_k=0,
+                    sampling=Sampling(temperature=t.temperature, max_thinking_tokens=t.max_completion_tokens),
+                    batch_items=t.prompts_per_step * t.group_size // 2,
+                    seed=f"validation {config.seed}",
+                )
+            )
+            counts = Counter(str(rollout["sampled_answer"]) for rollout in rollouts)
+            histograms.append(dict(sorted(counts.items())))
+            return {
+                BEST: soft_pair_accuracy(rollouts, rows["validation"], config),
+                "eval_forced_share": float(np.mean([rollout["forced"] for rollout in rollouts])),
+                "eval_largest_answer_share": max(counts.values()) / len(rollouts),
+                **{f"eval_answer_share/{answer}": counts[str(answer)] / len(rollouts) for answer in (*answers, None)},
+            }
+
+        processor = load_processor(arguments.base, config.model)
+        lora = LoraConfig(
+            r=t.lora.rank,
+            lora_alpha=t.lora.alpha,
+            lora_dropout=t.lora.dropout,
+            target_modules=t.lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        table = datasets.Dataset.from_dict({"item": list(range(len(items)))}).with_transform(example)
+        trainer = ValidatingTrainer(
+            model=load_model(arguments.base, config.model),
+            processing_class=processor,
+            reward_funcs=[trl_reward(name) for name in type(t.rewards).model_fields],
+            args=grpo_config(config, folder),
+            train_dataset=table,
+            eval_dataset=table.select([0]),  # asked for by the trainer; `validate` brings its own items
+            peft_config=lora,
+            callbacks=[CurvesToRun(run)],
+        )
+        trainer.validate = validate
+        checkpoint = last_complete_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+        best = Path(str(trainer.state.best_model_checkpoint))
+        with replacing(arguments.adapter) as temporary:
+            shutil.copyfile(folder / best.name / "adapter_model.safetensors", temporary)
+        adapter = json.loads((folder / best.name / "adapter_config.json").read_text())
+        adapter["base_model_name_or_path"] = json.loads(arguments.base.read_text())["path"]
+        write_json(arguments.adapter_config, adapter)
+        history = [{k: v for k, v in entry.items() if "time" not in k} for entry in trainer.state.log_history]
+        at_best = next(h for h in history if BEST in h and h["step"] == int(best.name.split("-")[1]))
+        collapsed = at_best["eval_largest_answer_share"] > t.collapse_share
+        if collapsed:
+            run.warn(
+                f"{config.track}, seed {config.seed}: the policy has collapsed, one answer makes up "
+                f"{at_best['eval_largest_answer_share']:.0%} of its validation rollouts"
+            )
+        write_json(
+            arguments.record,
+            {
+                "best_step": at_best["step"],
+                "best_soft_pair_accuracy": at_best[BEST],
+                "collapsed": collapsed,
+                "answer_histograms": histograms,
+                "history": history,
+            },
+        )
+        run.metrics({"best_step": at_best["step"], "best_soft_pair_accuracy": at_best[BEST], "collapsed": collapsed})
+        lock.release()
+    shutil.rmtree(folder)
+
+
+def _splits(arguments: Arguments) -> dict[str, Path]:
+    return {"train": arguments.train, "validation": arguments.validation}
+
+
+if __name__ == "__main__":
+    main()
