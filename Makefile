@@ -14,8 +14,9 @@ MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 INSTALLED := .venv/requirements.lock
-# PyPI's torch for Linux brings CUDA: 3.3 GB to download, 6.1 GB installed.
-GIGABYTES := $(if $(filter Linux,$(shell uname -s)),8,3)
+# PyPI's torch for Linux brings CUDA. GB that .venv takes, and that pip holds in TMPDIR until it has installed all.
+ENVIRONMENT_GB := $(if $(filter Linux,$(shell uname -s)),8,2)
+DOWNLOAD_GB := $(if $(filter Linux,$(shell uname -s)),4,1)
 
 .PHONY: help check setup table1 all ui test test-slow lint docs lock
 
@@ -37,18 +38,21 @@ check: ## is there all that the environment needs?
 	elif ! $(PYTHON) -c 'import ensurepip, venv' 2> /dev/null; then \
 	    need "the venv module of $(PYTHON) (Debian, Ubuntu: apt-get install python3-venv)"; \
 	fi; \
-	free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1000000) }'); \
-	if [ ! -e $(INSTALLED) ] && [ "$$free" -lt $(GIGABYTES) ]; then \
-	    need "disk: the environment needs $(GIGABYTES) GB here, $$free GB are free"; \
+	free() { df -Pk "$$1" | awk 'NR == 2 { print int($$4 / 1000000) }'; }; \
+	disk() { df -Pk "$$1" | awk 'NR == 2 { print $$1, $$6 }'; }; \
+	temporary="$${TMPDIR:-/tmp}"; here=$(ENVIRONMENT_GB); \
+	if [ "$$(disk .)" = "$$(disk "$$temporary")" ]; then \
+	    here=$$(($(ENVIRONMENT_GB) + $(DOWNLOAD_GB))); \
+	elif [ "$$(free "$$temporary")" -lt $(DOWNLOAD_GB) ] && [ ! -e $(INSTALLED) ]; then \
+	    need "disk: pip downloads $(DOWNLOAD_GB) GB to $$temporary, $$(free "$$temporary") GB are free there;" \
+	        "set TMPDIR to another folder"; \
 	fi; \
-	temporary=$$(df -Pk "$${TMPDIR:-/tmp}" | awk 'NR == 2 { print int($$4 / 1000000) }'); \
-	if [ ! -e $(INSTALLED) ] && [ "$$temporary" -lt $$(($(GIGABYTES) / 2)) ]; then \
-	    need "disk: pip unpacks in $${TMPDIR:-/tmp}, $$temporary GB are free there;" \
-	        "set TMPDIR to a folder with $$(($(GIGABYTES) / 2)) GB"; \
+	if [ "$$(free .)" -lt $$here ] && [ ! -e $(INSTALLED) ]; then \
+	    need "disk: the environment needs $$here GB in $$PWD, $$(free .) GB are free"; \
 	fi; \
 	command -v git > /dev/null || echo "note: no git; results will not record the commit they were made with" >&2; \
 	if [ $$missing = 1 ]; then exit 1; fi; \
-	echo "$$($(PYTHON) --version), $$free GB free: ready"
+	echo "$$($(PYTHON) --version), $$(free .) GB free: ready"
 
 setup: $(INSTALLED) ## make the environment, .venv, with the pinned packages
 
@@ -69,20 +73,20 @@ ui: setup ## browse runs, metrics and artifacts at http://127.0.0.1:5000 (PORT=.
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) $(OPTIONS)
 
 test: lint ## format, lint and type checks, then the tests with the workflow end to end
-	$(BIN)/pytest $(OPTIONS)
+	$(BIN)/python -m pytest $(OPTIONS)
 
 test-slow: setup ## the tests that take minutes each
-	$(BIN)/pytest -m slow $(OPTIONS)
+	$(BIN)/python -m pytest -m slow $(OPTIONS)
 
 lint: setup ## format, lint and type checks alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/snakefmt --check --quiet Snakefile rules
+	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 
-docs: setup ## config.yaml, config.schema.json and docs/configuration.md from workflow_scripts/configuration.py
-	$(BIN)/python -m workflow_scripts.configuration
+docs: setup ## config.yaml, config.schema.json and docs/configuration.md from the typed configuration
+	$(BIN)/python -m workflow_scripts.configuration_reference
 
 lock: ## uv.lock, requirements.lock and envs/softpref.yaml from pyproject.toml (needs uv; OPTIONS=--upgrade for newer)
 	$(UV) lock $(OPTIONS)

@@ -1,4 +1,5 @@
-# Raw layouts, canonical annotations, what is kept of them, and the images of that.
+# Raw layouts, canonical annotations, what is kept of them, and the images of that. They come first, so that training,
+# the longest job, can start soon.
 
 
 rule synthesize_dataset:

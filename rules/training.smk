@@ -17,7 +17,7 @@ rule train_grpo:
         f"{RESULTS}/logs/train_grpo/{{track}}-seed{{seed}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/train_grpo/{{track}}-seed{{seed}}.tsv"
-    priority: 10  # the longest jobs start first, and the others fill the cores beside them
+    priority: 10  # the longest jobs start before the zero-shot rollouts, which fill the cores beside them
     conda:
         "../envs/softpref.yaml"
     threads: configuration.numeric_threads
@@ -27,7 +27,7 @@ rule train_grpo:
         config=lambda w: stages.TrainGrpo.of(
             configuration, w.track, int(w.seed)
         ).canonical(),
-        code=code_digest("train_grpo", configuration.rollouts.engine),
+        code=code_digest("train_grpo", "transformers"),
     shell:
         "python -m workflow_scripts.train_grpo --base {input.base} --train {input.train}"
         " --train_images {input.train_images} --validation {input.validation}"

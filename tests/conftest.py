@@ -42,6 +42,30 @@ def policies(base_manifest: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def adapter(base_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an adapter that changes the pairwise policy visibly."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from workflow_scripts.configuration import Configuration
+    from workflow_scripts.policy.loading import load_model
+    from workflow_scripts.stage_configuration import ModelConfig
+
+    lora = Configuration().training.hpsv2.lora
+    torch.manual_seed(0)
+    model = get_peft_model(
+        load_model(base_manifest, ModelConfig.of(Configuration(), "hpsv2")),
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"),
+    )
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.02)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def scenes() -> list[tuple[str, dict[str, Image.Image]]]:
     """Return prompts with four named pictures each."""
     rng = random.Random("tests")

@@ -115,7 +115,25 @@ def test_a_missing_tag_costs_the_format_reward_only() -> None:
     assert exact_reward(completion, 5, RATINGS) == approximate_reward(completion, 5, RATINGS) == 1
 
 
-TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<", ">", " ", "\n", "0", "1", "5", "7", "10", "a", "é", "😀", ""]
+TAGS = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<",
+    ">",
+    " ",
+    "\n",
+    "0",
+    "1",
+    "5",
+    "7",
+    "10",
+    "a",
+    "é",
+    "😀",
+    "",
+]
 COMPLETIONS = st.one_of(st.text(), st.lists(st.sampled_from(TAGS), max_size=12).map("".join))
 
 

@@ -2,9 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 Input = Annotated[Path, "input"]
 Output = Annotated[Path, "output"]
@@ -31,7 +32,14 @@ class StageArguments(BaseSettings):
     @classmethod
     def parse(cls, arguments: list[str] | None = None) -> Self:
         """Parse the command line; unknown options and wrong values end it with a usage message."""
-        return CliApp.run(cls, cli_args=sys.argv[1:] if arguments is None else arguments)
+        try:
+            return CliApp.run(cls, cli_args=sys.argv[1:] if arguments is None else arguments)
+        except ValidationError as error:
+            problems = [f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        except SettingsError as error:
+            problems = [f"{error}: {error.__cause__}"]
+        print("wrong arguments (--help says what there is):", *problems, sep="\n  ", file=sys.stderr)
+        raise SystemExit(2)
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
@@ -48,9 +56,8 @@ class StageArguments(BaseSettings):
         return found
 
 
-def _marks(field: object) -> list[object]:
-    """Marks of a field, also of `list[Input]` and `Input | None`."""
-    marks = list(getattr(field, "metadata", []))
-    for inner in getattr(getattr(field, "annotation", None), "__args__", ()):
-        marks += getattr(inner, "__metadata__", ())
-    return marks
+def _marks(kind: object) -> list[object]:
+    """Marks of a field, wherever they stand in its type: `Input`, `list[Input]`, `Input | None`."""
+    own = [*getattr(kind, "metadata", ()), *getattr(kind, "__metadata__", ())]
+    parts = [getattr(kind, "annotation", None), *get_args(kind)]
+    return own + [mark for part in parts if part is not None for mark in _marks(part)]

@@ -1,17 +1,12 @@
 """The configuration: one typed model that is the source of defaults, schema, reference page and error messages.
 
-`python -m workflow_scripts.configuration` writes config.yaml, config.schema.json and docs/configuration.md from it.
+`configuration_reference` writes config.yaml, config.schema.json and docs/configuration.md from it.
 """
 
 import difflib
-import json
-import textwrap
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Dataset = Literal["imagereward", "hpsv2"]
@@ -113,7 +108,7 @@ class Hpdv2Data(Section):
     """Seed of the hash that orders prompts and pairs."""
     drop_overlap: bool = True
     """Drop training and validation prompts whose id or text also occurs in the test split."""
-    validation_prompts: int = Field(100, ge=1)
+    validation_prompts: int = Field(200, ge=1)
     """Validation prompts, from the other end of the hash range than the kept ones (HPDv2 has no validation split)."""
     test_prompts: int = Field(400, ge=1)
     """Test prompts used, first in hash order; the published test split has 400."""
@@ -230,10 +225,12 @@ class Training(Section):
     """Training items (states s) in one step."""
     group_size: int = Field(8, ge=2)
     """Completions sampled for each item, G."""
-    gradient_accumulation: int = Field(1, ge=1)
+    gradient_accumulation: int = Field(2, ge=1)
     """Parts in which one step's completions pass through the model: less memory, same result but for rounding."""
-    learning_rate: float = Field(5e-4, gt=0)
-    """Peak learning rate, linear warm-up, then constant."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate, reached by linear warm-up."""
+    learning_rate_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
+    """After the warm-up: constant, or down to zero at the last step."""
     warmup_steps: int = Field(5, ge=0)
     """Steps of warm-up."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -257,7 +254,7 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Trade time for memory; for large models."""
     lora: Lora = Lora()
-    validate_every: int = Field(10, ge=1)
+    validate_every: int = Field(20, ge=1)
     """Steps between validations and checkpoints; a multiple of num_iterations."""
     validation_rollouts: int = Field(1, ge=1)
     """Rollouts of each validation item."""
@@ -276,7 +273,7 @@ class Training(Section):
 class PointwiseTraining(Training):
     """Training on ratings of single images (ImageReward)."""
 
-    steps: int = Field(60, ge=1)
+    steps: int = Field(100, ge=1)
     """Optimizer steps."""
     rewards: PointwiseRewards = PointwiseRewards()
 
@@ -284,7 +281,7 @@ class PointwiseTraining(Training):
 class PairwiseTraining(Training):
     """Training on pairs of images (HPSv2)."""
 
-    steps: int = Field(60, ge=1)
+    steps: int = Field(100, ge=1)
     """Optimizer steps."""
     rewards: PairwiseRewards = PairwiseRewards()
 
@@ -456,10 +453,9 @@ def _explain(error: Any) -> str:
         return message
     near = []
     if error["type"] == "literal_error":
-        near = difflib.get_close_matches(
-            str(error["input"]), message.replace("'", "").replace(" or ", ", ").split(", ")
-        )
-    hint = f"; did you mean {near[0].removeprefix('Input should be ')}?" if near else ""
+        choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        near = difflib.get_close_matches(str(error["input"]), choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
     return f"{key}: {error['input']!r} is not allowed: {message}{hint}"
 
 
@@ -472,89 +468,3 @@ def _section_at(location: tuple[int | str, ...]) -> type[Section]:
         inner = [annotation, *get_args(annotation)]
         section = next(a for a in inner if isinstance(a, type) and issubclass(a, Section))
     return section
-
-
-def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Any, Section]]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, Section):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field, value, section
-
-
-def _allowed(field: Any) -> str:
-    annotation = field.annotation
-    if get_origin(annotation) is Literal:
-        kind = " or ".join(f"`{choice}`" for choice in get_args(annotation))
-    elif get_origin(annotation) is list:
-        item = get_args(annotation)[0]
-        choices = [a.__name__ if isinstance(a, type) else str(a) for a in (get_args(item) or (item,))]
-        kind = f"list of {', '.join(choices)}"
-    elif get_origin(annotation) in (Union, UnionType):
-        kind = " or ".join(a.__name__ for a in get_args(annotation))
-    else:
-        kind = annotation.__name__
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [f"{signs[k]} {getattr(m, k)}" for m in field.metadata for k in signs if getattr(m, k, None) is not None]
-    return ", ".join([kind, *bounds])
-
-
-def render_yaml(section: Section, depth: int = 0, seen: set[type] | None = None) -> str:
-    """Commented YAML of the defaults; a kind of section is commented where it first occurs."""
-    seen = set() if seen is None else seen
-    indent = "  " * depth
-    lines = []
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        inherited = next(c for c in reversed(type(section).__mro__) if name in getattr(c, "model_fields", {}))
-        first = (inherited, name) not in seen
-        seen.add((inherited, name))  # type: ignore[arg-type]
-        if isinstance(value, Section):
-            text = (type(value).__doc__ or "").splitlines()[0].rstrip(".")
-            lines += ["" if depth == 0 else None, f"{indent}# {text}", f"{indent}{name}:"]
-            lines.append(render_yaml(value, depth + 1, seen))
-            continue
-        if first:
-            comment = f"{(field.description or '').rstrip('.')} ({_allowed(field).replace('`', '')})"
-            lines += textwrap.wrap(comment, 116, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-        plain = [v.model_dump() if isinstance(v, Section) else v for v in value] if isinstance(value, list) else value
-        dumped = yaml.safe_dump(plain, default_flow_style=True, width=1000, allow_unicode=True)
-        lines.append(f"{indent}{name}: {dumped.removesuffix('...' + chr(10)).rstrip()}")
-    return "\n".join(line for line in lines if line is not None)
-
-
-def render_markdown(configuration: Configuration) -> str:
-    """Key-by-key reference."""
-    rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
-    for key, field, value, _ in _leaves(configuration):
-        cell = json.dumps(value) if not isinstance(value, str) else value
-        allowed = _allowed(field).replace("|", "\\|")
-        meaning = field.description.replace("|", "\\|").replace("\n", " ")
-        rows.append(f"| `{key}` | `{cell.replace('|', chr(92) + '|')}` | {allowed} | {meaning} |")
-    head = (
-        "# Configuration, key by key\n\nMade from `workflow_scripts/configuration.py` by "
-        "`python -m workflow_scripts.configuration`; a test holds them together.\n\n"
-    )
-    return head + "\n".join(rows) + "\n"
-
-
-def generated_files() -> dict[str, str]:
-    """Text of every file that is made from this model, by path in the repository."""
-    configuration = Configuration()
-    head = (
-        "# yaml-language-server: $schema=config.schema.json\n"
-        "# The embedded default: minutes on two CPU cores, no GPU, no hub, no account. Override single keys with\n"
-        "# --config 'scoring={report_k: [1, 2]}' or whole sections with --configfile; see docs/configuration.md.\n"
-    )
-    return {
-        "config.yaml": head + render_yaml(configuration) + "\n",
-        "config.schema.json": json.dumps(Configuration.model_json_schema(), indent=2, ensure_ascii=False) + "\n",
-        "docs/configuration.md": render_markdown(configuration),
-    }
-
-
-if __name__ == "__main__":
-    root = Path(__file__).parent.parent
-    for path, text in generated_files().items():
-        (root / path).write_text(text, encoding="utf-8")

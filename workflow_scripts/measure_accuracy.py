@@ -120,14 +120,16 @@ def main() -> None:
                 missing=missing,  # type: ignore[arg-type]
                 neutral=neutral,
             )
-            rule = dict(zip(RULES, (method, k, against, tie, label_tie, missing), strict=True))
+            rule: dict[str, Any] = dict(zip(RULES, (method, k, against, tie, label_tie, missing), strict=True))
             credits.append(
                 pd.DataFrame({**rule, "prompt_id": [r["prompt_id"] for r in rows], "correct": correct, "pairs": pairs})
             )
             for average in ("micro", "macro"):
                 b = config.bootstrap
                 interval = accuracy_interval(correct, pairs, average, b.confidence, b.resamples, b.seed)
-                cells.append({**rule, "average": average, **interval._asdict(), "pairs": float(pairs.sum())})
+                # Null where no pair counts, as when one answer was given throughout and ties are dropped.
+                numbers = {name: None if np.isnan(value) else value for name, value in interval._asdict().items()}
+                cells.append({**rule, "average": average, **numbers, "pairs": float(pairs.sum())})
 
         write_json(
             arguments.output,

@@ -190,8 +190,11 @@ def verify(output: Path) -> dict[str, Any]:
     return sidecar
 
 
-def stage_key(stage: str, config: Any, inputs: dict[str, Any], code: str) -> str:
-    """Identity of a stage instance: its configuration (wildcards included), its inputs' digests and its code."""
+def stage_key(stage: str, config: Any, inputs: dict[str, list[str]], code: str) -> str:
+    """Identity of a stage instance: its configuration (wildcards included), its inputs' digests and its code.
+
+    `inputs` are digests by argument, so that a moved results folder keeps its keys.
+    """
     return digest(canonical_json([stage, config, inputs, code]))
 
 
@@ -225,6 +228,7 @@ def stage_environment(configuration: Any) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_TRACKING_URI": uri if tracking.enabled else "",
         "MLFLOW_EXPERIMENT_NAME": tracking.experiment,
         "SOFTPREF_ARTIFACT_MEGABYTES": str(tracking.artifact_megabytes),

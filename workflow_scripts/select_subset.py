@@ -73,7 +73,7 @@ def main() -> None:
         counts |= {"kept": len(chosen) if pairs is None else len(pairs), "of": of}
 
         place = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
-        rows = stream_rows(table.take([place[name] for name in chosen]))
+        rows = stream_rows(table.take(pa.array([place[name] for name in chosen], pa.int64())))
         if pairs is not None:
             rows = subsampling.restricted(rows, pairs)
         numbered = (row | {"position": position} for position, row in enumerate(rows))

@@ -6,7 +6,9 @@ The store being away never costs a result: each call is guarded, the stage goes 
 import contextlib
 import inspect
 import logging
+import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -41,7 +43,8 @@ class Run:
         self.warnings: list[str] = []
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics; those without a step also stand in the sidecar."""
+        """Log the metrics that are finite numbers; those without a step also stand in the sidecar."""
+        values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         if step is None:
             self.summary.update(values)
         if self.mlflow_run_id is None:
@@ -89,9 +92,7 @@ class Run:
         try:
             yield
         except Exception as error:
-            log.warning(
-                "MLflow did not take %s (%s: %s); the result is not affected", what, type(error).__name__, error
-            )
+            log.warning("MLflow did not take %s (%s); the result is not affected", what, _told(error))
 
 
 @contextlib.contextmanager
@@ -106,11 +107,12 @@ def run_stage(arguments: StageArguments) -> Iterator[Run]:
     started = time.time()
     stage = Path(inspect.getfile(type(arguments))).stem
     config = arguments.config.model_dump(mode="json")  # type: ignore[attr-defined]
-    paths = [path for group in arguments.files("input").values() for path in group]
-    sidecars = {str(path): provenance.verify(path) for path in paths}
+    given = arguments.files("input")
+    sidecars = {str(path): provenance.verify(path) for group in given.values() for path in group}
     inputs = {path: sidecar["outputs"][Path(path).name]["sha256"] for path, sidecar in sidecars.items()}
-    code = arguments.code_digest or provenance.code_digest(stage, config.get("engine"))
-    key = provenance.stage_key(stage, config, {Path(p).name: d for p, d in inputs.items()}, code)
+    by_argument = {name: [inputs[str(path)] for path in group] for name, group in given.items()}
+    code = arguments.code_digest or provenance.code_digest(stage, config.get("engine", "transformers"))
+    key = provenance.stage_key(stage, config, by_argument, code)
     instance = {k: config[k] for k in INSTANCE_KEYS if k in config}
     name = " · ".join([stage, *(f"{k} {v}" if isinstance(v, int) else str(v) for k, v in instance.items())])
     run = Run(key, sidecars)
@@ -184,7 +186,7 @@ def _open(run: Run, name: str, record: dict[str, Any]) -> None:
             data: Any = MetaDataset(source, name=Path(path).name, digest=digest[:16])  # type: ignore[abstract]
             mlflow.log_input(data, context=record["stage"])
     except Exception as error:
-        log.warning("no MLflow run at %s (%s: %s); the stage goes on", uri.split("@")[-1], type(error).__name__, error)
+        log.warning("no MLflow run at %s (%s); the stage goes on", uri.split("@")[-1], _told(error))
 
 
 def _close(run: Run, status: str, log_file: Path | None) -> None:
@@ -228,6 +230,11 @@ def _first_use(uri: str) -> contextlib.AbstractContextManager[Any]:
     if not uri.startswith("sqlite:///"):
         return contextlib.nullcontext()
     return FileLock(uri.removeprefix("sqlite:///") + ".lock")
+
+
+def _told(error: Exception) -> str:
+    """What an exception says, without the user and password that an address in it may hold."""
+    return re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {error}")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Arguments(StageArguments):
     adapter_config: Output
     """Its configuration."""
     record: Output
-    """What happened in training: curves, best step, answer histogram, collapse."""
+    """What happened in training: curves, validations with their answer histograms, best step, collapse."""
     checkpoints: Path
     """Folder of resume states."""
     config: TrainGrpo
@@ -156,7 +156,7 @@ class CurvesToRun(TrainerCallback):
         self.run.metrics(numbers, step=state.global_step)
 
 
-def grpo_config(config: TrainGrpo, folder: Path) -> GRPOConfig:
+def grpo_config(config: TrainGrpo, folder: Path, resumed: bool) -> GRPOConfig:
     """TRL's settings for ours; what they mean in the paper's symbols is in docs/method.md."""
     t: Training = config.training
     completions = t.prompts_per_step * t.group_size
@@ -170,7 +170,7 @@ def grpo_config(config: TrainGrpo, folder: Path) -> GRPOConfig:
         max_completion_length=t.max_completion_tokens,
         temperature=t.temperature,
         learning_rate=t.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=t.learning_rate_schedule,
         warmup_steps=t.warmup_steps,
         max_grad_norm=t.max_grad_norm,
         beta=t.beta,
@@ -188,7 +188,7 @@ def grpo_config(config: TrainGrpo, folder: Path) -> GRPOConfig:
         seed=config.seed,
         data_seed=config.seed,
         eval_strategy="steps",
-        eval_on_start=True,
+        eval_on_start=not resumed,
         eval_steps=t.validate_every,
         save_strategy="steps",
         save_steps=t.validate_every,
@@ -229,7 +229,8 @@ def main() -> None:
             ) from None
 
         answers = ANSWERS[config.model.protocol]
-        rows = {name: read_table(path, SUBSET).to_pylist() for name, path in _splits(arguments).items()}
+        subsets = {"train": arguments.train, "validation": arguments.validation}
+        rows = {split: read_table(path, SUBSET).to_pylist() for split, path in subsets.items()}
         readable, read_image = {}, {}
         for split, path in {"train": arguments.train_images, "validation": arguments.validation_images}.items():
             readable[split], read_image[split] = image_reader(path, folder / "images")
@@ -255,8 +256,6 @@ def main() -> None:
             reward.__name__ = name
             return reward
 
-        histograms: list[dict[str, int]] = []
-
         def validate(model: Any) -> dict[str, float]:
             rollouts = list(
                 generate(
@@ -271,7 +270,6 @@ def main() -> None:
                 )
             )
             counts = Counter(str(rollout["sampled_answer"]) for rollout in rollouts)
-            histograms.append(dict(sorted(counts.items())))
             return {
                 BEST: soft_pair_accuracy(rollouts, rows["validation"], config),
                 "eval_forced_share": float(np.mean([rollout["forced"] for rollout in rollouts])),
@@ -287,19 +285,19 @@ def main() -> None:
             target_modules=t.lora.target_modules,
             task_type="CAUSAL_LM",
         )
+        checkpoint = last_complete_checkpoint(folder)
         table = datasets.Dataset.from_dict({"item": list(range(len(items)))}).with_transform(example)
         trainer = ValidatingTrainer(
             model=load_model(arguments.base, config.model),
             processing_class=processor,
             reward_funcs=[trl_reward(name) for name in type(t.rewards).model_fields],
-            args=grpo_config(config, folder),
+            args=grpo_config(config, folder, resumed=checkpoint is not None),
             train_dataset=table,
             eval_dataset=table.select([0]),  # asked for by the trainer; `validate` brings its own items
             peft_config=lora,
             callbacks=[CurvesToRun(run)],
         )
         trainer.validate = validate
-        checkpoint = last_complete_checkpoint(folder)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
         best = Path(str(trainer.state.best_model_checkpoint))
@@ -308,8 +306,16 @@ def main() -> None:
         adapter = json.loads((folder / best.name / "adapter_config.json").read_text())
         adapter["base_model_name_or_path"] = json.loads(arguments.base.read_text())["path"]
         write_json(arguments.adapter_config, adapter)
-        history = [{k: v for k, v in entry.items() if "time" not in k} for entry in trainer.state.log_history]
+        # Without what differs from run to run: times, and the trainer's closing summary, which has speeds.
+        entries = [entry for entry in trainer.state.log_history if "train_loss" not in entry]
+        history = [{k: v for k, v in entry.items() if "time" not in k} for entry in entries]
         at_best = next(h for h in history if BEST in h and h["step"] == int(best.name.split("-")[1]))
+        untrained = next(h[BEST] for h in history if BEST in h and h["step"] == 0)
+        if at_best[BEST] <= untrained:
+            run.warn(
+                f"{config.track}, seed {config.seed}: no adapter validates better than the base policy "
+                f"({at_best[BEST]:.3f} against {untrained:.3f})"
+            )
         collapsed = at_best["eval_largest_answer_share"] > t.collapse_share
         if collapsed:
             run.warn(
@@ -321,18 +327,14 @@ def main() -> None:
             {
                 "best_step": at_best["step"],
                 "best_soft_pair_accuracy": at_best[BEST],
+                "untrained_soft_pair_accuracy": untrained,
                 "collapsed": collapsed,
-                "answer_histograms": histograms,
                 "history": history,
             },
         )
         run.metrics({"best_step": at_best["step"], "best_soft_pair_accuracy": at_best[BEST], "collapsed": collapsed})
         lock.release()
     shutil.rmtree(folder)
-
-
-def _splits(arguments: Arguments) -> dict[str, Path]:
-    return {"train": arguments.train, "validation": arguments.validation}
 
 
 if __name__ == "__main__":

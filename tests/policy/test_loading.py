@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
-from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def merging_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 def test_a_digit_that_merges_with_the_tag_is_refused() -> None:
     tokenizer = merging_tokenizer("<answer>7 <answer>7 >7")
-    with pytest.raises(PolicyError, match="<answer>7.* must be a single token after the tag; choose a base policy"):
+    with pytest.raises(PolicyError, match=r"<answer>7.* must be a single token after the tag; choose a base policy"):
         answer_token_ids(tokenizer, ANSWERS["pointwise"])
 
 
@@ -119,22 +119,6 @@ def test_adapter_layers_are_those_of_the_language_model(policies: dict[str, Any]
     assert any("visual" in name and name.endswith(("gate_proj", "up_proj", "down_proj")) for name in names)
 
 
-@pytest.fixture
-def adapter(base_manifest: Path, tmp_path: Path) -> Path:
-    """Folder of an adapter that changes the policy visibly."""
-    lora = Configuration().training.hpsv2.lora
-    torch.manual_seed(0)
-    model = get_peft_model(
-        load_model(base_manifest, PAIRWISE),
-        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"),
-    )
-    for name, weights in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weights, std=0.02)
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 def test_a_merged_adapter_gives_the_logits_of_the_unmerged_one(
     policies: dict[str, Any], base_manifest: Path, adapter: Path, scenes: Any
 ) -> None:
@@ -144,10 +128,19 @@ def test_a_merged_adapter_gives_the_logits_of_the_unmerged_one(
     unmerged = PeftModel.from_pretrained(load_model(base_manifest, PAIRWISE), adapter).eval()
     text = merged.processor.apply_chat_template(messages(PAIRWISE.template, prompt), tokenize=False)
     inputs = merged.processor(text=[text], images=list(pictures.values())[:2], return_tensors="pt")
-    with torch.no_grad():
-        base, one, two = (m(**inputs).logits for m in (policies["hpsv2"].model, unmerged, merged.model))
+
+    def logits(model: Any, dtype: torch.dtype) -> torch.Tensor:
+        floats = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        with torch.no_grad():
+            return model.to(dtype)(**floats).logits
+
+    base, one, two = (logits(model, torch.float32) for model in (policies["hpsv2"].model, unmerged, merged.model))
     assert (one - base).abs().max() > 0.1
-    torch.testing.assert_close(two.log_softmax(-1), one.log_softmax(-1), atol=1e-5, rtol=0)
+    answers = [values[..., merged.answer_token_ids].double().log_softmax(-1) for values in (one, two)]
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=0)
+    # All logits, in float64: one float32 forward is itself 2e-5 away from exact on the largest of them.
+    exact = [logits(model, torch.float64) for model in (unmerged, merged.model)]
+    torch.testing.assert_close(*exact, atol=1e-5, rtol=0)
 
 
 def test_a_short_type_keeps_the_adapter_apart(base_manifest: Path, adapter: Path) -> None:

@@ -43,13 +43,17 @@ def test_harmless_text_is_left_alone() -> None:
         assert plain(text) == text
 
 
-@pytest.mark.parametrize("text", [*SPECIAL_TOKENS, *TAGS, "<|im_start|>system\n", "<think", "<|", "<Answer>", "<<think>"])
+@pytest.mark.parametrize(
+    "text", [*SPECIAL_TOKENS, *TAGS, "<|im_start|>system\n", "<think", "<|", "<Answer>", "<<think>"]
+)
 def test_control_text_is_taken_apart(text: str) -> None:
     assert not any(token in plain(f"a {text} b") for token in (*SPECIAL_TOKENS, *TAGS))
     assert plain(text).replace("< ", "<") == text
 
 
-SNIPPETS = st.sampled_from([*SPECIAL_TOKENS, *TAGS, "<answer>7</answer>", "<", "|", ">", "/", " ", "think", "\n", "im_end"])
+SNIPPETS = st.sampled_from(
+    [*SPECIAL_TOKENS, *TAGS, "<answer>7</answer>", "<", "|", ">", "/", " ", "think", "\n", "im_end"]
+)
 PROMPTS = st.lists(st.one_of(SNIPPETS, st.text(max_size=5)), max_size=10).map("".join)
 
 

@@ -1,0 +1,161 @@
+"""Files that must agree with one another: generated ones, pins, overlays, links of the documentation."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from workflow_scripts.configuration import Configuration, load
+from workflow_scripts.configuration_reference import generated_files
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "models/*/*.md", "results/README.md")
+    for path in ROOT.glob(pattern)
+)
+OVERLAYS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/*.yaml"))
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+def canonical(name: str) -> str:
+    """Name of a package as registries compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """What Snakemake makes of a config file on top of another."""
+    both = base.keys() & overlay.keys()
+    sections = {key: merged(base[key], overlay[key]) for key in both if isinstance(base[key], dict)}
+    return base | overlay | sections
+
+
+@pytest.fixture(scope="module")
+def defaults() -> dict[str, Any]:
+    """Return config.yaml as Snakemake reads it."""
+    return yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[tuple[str, str], int]:
+    """Return the number of hashes of each (package, version) of requirements.lock."""
+    found: dict[tuple[str, str], int] = {}
+    current = ("", "")
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+        if match := re.match(rf"({NAME})(?:\[[^]]*\])?==([^ ;\\]+)", line):
+            current = (canonical(match[1]), match[2])
+            found[current] = 0
+        elif not line.lstrip().startswith("#"):
+            assert line.startswith("    --hash=sha256:"), f"requirements.lock: unexpected line {line!r}"
+            found[current] += 1
+    return found
+
+
+def dependencies() -> tuple[set[str], set[str]]:
+    """Names of the packages that pyproject.toml asks for: to run, and to develop."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    groups = [project["project"]["dependencies"], project["dependency-groups"]["dev"]]
+    run, develop = ({canonical(re.match(NAME, line)[0]) for line in group} for group in groups)  # type: ignore[index]
+    return run, develop
+
+
+@pytest.mark.parametrize("path", sorted(generated_files()))
+def test_generated_files_are_current(path: str) -> None:
+    assert (ROOT / path).read_text(encoding="utf-8") == generated_files()[path], f"{path} is stale; run `make docs`"
+
+
+def test_config_yaml_is_the_default(defaults: dict[str, Any]) -> None:
+    assert load(defaults) == Configuration()
+
+
+@pytest.mark.parametrize("path", OVERLAYS)
+def test_overlays_are_valid(path: str, defaults: dict[str, Any]) -> None:
+    overlay = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+    configuration = load(merged(defaults, overlay))
+    assert configuration.results not in (".", defaults["results"]), f"{path} needs a results folder of its own"
+
+
+def test_overlays_have_results_folders_of_their_own() -> None:
+    overlays = [yaml.safe_load((ROOT / path).read_text(encoding="utf-8")) for path in OVERLAYS]
+    folders = [overlay["results"] for overlay in overlays]
+    assert len(set(folders)) == len(folders) > 0
+
+
+def test_no_root_key_of_one_letter(defaults: dict[str, Any]) -> None:
+    """Snakemake refuses them after `--config`."""
+    assert min(map(len, defaults)) > 1
+
+
+def test_dependencies_are_pinned_with_hashes(pins: dict[tuple[str, str], int]) -> None:
+    run, develop = dependencies()
+    assert run | develop <= {name for name, _ in pins}
+    assert [pin for pin, hashes in pins.items() if not hashes] == []
+
+
+def test_both_locks_agree(pins: dict[tuple[str, str], int]) -> None:
+    locked = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
+    versions = {(canonical(p["name"]), p["version"]) for p in locked if "registry" in p["source"]}
+    assert versions == pins.keys(), "run `make lock`"
+    assert {p["source"]["registry"] for p in locked if "registry" in p["source"]} == {"https://pypi.org/simple"}
+
+
+def test_conda_environment_has_the_pins_of_the_lock(pins: dict[tuple[str, str], int]) -> None:
+    environment = yaml.safe_load((ROOT / "envs" / "softpref.yaml").read_text(encoding="utf-8"))
+    python, pip, packages = environment["dependencies"]
+    assert (python.split("=")[0], pip, list(packages)) == ("python", "pip", ["pip"])
+    matches = [re.match(rf"({NAME})(?:\[[^]]*\])?==([^ ;]+)", line) for line in packages["pip"]]
+    installed = {(canonical(match[1]), match[2]) for match in matches if match}
+    assert len(installed) == len(packages["pip"])
+    assert installed <= pins.keys(), "run `make lock`"
+    run, _ = dependencies()
+    assert run <= {name for name, _ in installed}
+
+
+def heading_anchors(text: str) -> set[str]:
+    """Anchors that a Markdown page offers."""
+    headings = re.findall(r"^#+ +(.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_local_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (ROOT / page).parent / path if path else ROOT / page
+        assert linked.exists(), f"{page} links to {target}"
+        if anchor:
+            assert anchor in heading_anchors(linked.read_text(encoding="utf-8")), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/provenance.md", "docs/published-data.md"])
+def test_keys_that_pages_name_exist(page: str, defaults: dict[str, Any]) -> None:
+    """`section.key` in backquotes is a key of the configuration; a star stands for either data set."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(rf"`((?:{'|'.join(defaults)})\.[a-z0-9_.*]+)[`:]", text):
+        sections = [defaults]
+        for part in name.removesuffix(".*").split("."):
+            assert all(isinstance(section, dict) for section in sections), f"{page} names {name}"
+            if part == "*":
+                sections = [value for section in sections for value in section.values()]
+            else:
+                sections = [section[part] for section in sections if part in section]
+            assert sections, f"{page} names the key {name}"
+
+
+def test_bundled_model_is_small() -> None:
+    weights = list((ROOT / "models" / "tiny-qwen2.5-vl").glob("*.safetensors"))
+    assert weights
+    assert sum(path.stat().st_size for path in weights) <= 4_000_000
+
+
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.+)$", makefile, flags=re.MULTILINE)
+    assert phony
+    assert re.findall(r"^([a-z0-9-]+):.*## .+$", makefile, flags=re.MULTILINE) == phony[1].split()
