@@ -234,7 +234,8 @@ def table2(measured: Measured, config: MakeTables, model: str, notes: dict[tuple
                 trained = [notes.get(("imagereward", seed)) for seed in seeds] if name == "grpo" else []
                 row["notes"] = "; ".join(filter(None, trained))
                 rows.append(row)
-    return pd.DataFrame(rows)
+    counts = dict.fromkeys(("n_pairs", "n_prompts", "rollouts"), "Int64")  # the human row has none of them
+    return pd.DataFrame(rows, columns=list(rows[-1])).astype(counts)
 
 
 End = tuple[str, str, int]  # policy, method, k
