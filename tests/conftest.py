@@ -1,7 +1,6 @@
 """What several test files need: the bundled policy, pictures to show it, and stages run in this process."""
 
 import importlib
-import io
 import json
 import os
 import random
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
-from workflow_scripts.provenance import ROOT, described, sidecar_path, write_json
+from workflow_scripts.provenance import described, sidecar_path, write_json
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the checkout
@@ -106,13 +105,3 @@ def with_sidecar() -> Callable[..., Path]:
         return output
 
     return write
-
-
-def encoded(image: Image.Image) -> bytes:
-    """PNG bytes of a picture."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-assert (ROOT / "models" / "tiny-qwen2.5-vl").is_dir()

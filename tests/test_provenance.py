@@ -143,6 +143,10 @@ def test_a_change_of_code_changes_the_stages_that_run_it(
     assert all(name in short(module_closure(f"workflow_scripts.{stage}", "transformers")) for stage in changed)
 
 
+def test_what_is_left_out_of_the_digest_is_this_list() -> None:
+    assert set(WITHOUT_EFFECT) == {"command_line", "configuration", "provenance", "stage_configuration", "tracking"}
+
+
 @pytest.mark.parametrize("module", WITHOUT_EFFECT)
 def test_modules_without_effect_change_no_digest(package: Path, module: str) -> None:
     before = digests()

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import mlflow
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -593,8 +594,6 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(
     for name in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
         assert (killed / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert not [path for path in (killed / "checkpoints").glob("*") if path.is_dir()]
-    import mlflow
-
     for folder, first in ((undisturbed, 1), (killed, 3)):
         client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
         (run,) = client.search_runs(["1"], "attributes.status = 'FINISHED'")

@@ -1,0 +1,369 @@
+"""The real workflow at the size of configs/test.yaml, run once, and what must hold of its results."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from workflow_scripts.provenance import ROOT, verify
+
+RULES = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk")), re.M))
+OTHER_SOURCES = {"download_dataset", "cold_start_policy"}  # what configs/test.yaml takes from elsewhere
+
+
+@dataclass
+class Workflow:
+    """A folder where the workflow runs, with results, downloads, tracking store and Snakemake's own state in it."""
+
+    folder: Path
+
+    @property
+    def results(self) -> Path:
+        """Folder of the results."""
+        return self.folder / "results"
+
+    @property
+    def uri(self) -> str:
+        """Tracking store."""
+        return f"sqlite:///{self.folder}/mlflow.db"
+
+    def snakemake(self, *options: str, config: tuple[str, ...] = ()) -> str:
+        """Run Snakemake from the checkout and return all it says."""
+        command = [sys.executable, "-m", "snakemake", "--directory", str(self.folder), *options]
+        command += [
+            "--configfile",
+            str(ROOT / "configs/test.yaml"),
+            "--workflow-profile",
+            str(ROOT / "profiles/default"),
+        ]
+        command += ["--config", f"results={self.results}", f"downloads={self.folder}/downloads", *config]
+        environment = os.environ | {"MLFLOW_TRACKING_URI": self.uri}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        return said
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """Rule and outputs of each job, by its log file, as Snakemake lists them."""
+        found: dict[str, dict[str, Any]] = {}
+        lines = self.snakemake("--summary", "--quiet").splitlines()
+        header = next(i for i, line in enumerate(lines) if line.startswith("output_file\t"))
+        for line in lines[header + 1 :]:
+            if line.count("\t") == lines[header].count("\t"):
+                row = dict(zip(lines[header].split("\t"), line.split("\t"), strict=True))
+                job = found.setdefault(row["log-file(s)"], {"rule": row["rule"], "outputs": []})
+                job["outputs"].append(self.folder / row["output_file"])
+        return found
+
+
+@pytest.fixture(scope="session")
+def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
+    """Return the workflow after a whole run."""
+    workflow = Workflow(tmp_path_factory.mktemp("workflow"))
+    workflow.snakemake("--cores", "2")
+    return workflow
+
+
+@pytest.fixture(scope="session")
+def jobs(workflow: Workflow) -> list[dict[str, Any]]:
+    """Return every job with its outputs, its sidecar checked against them, and its MLflow run."""
+    client = mlflow.MlflowClient(workflow.uri)
+    found = list(workflow.jobs().values())
+    for job in found:
+        (sidecar,) = [path for path in job["outputs"] if path.name.endswith(".provenance.json")]
+        job["sidecar"] = verify(sidecar.with_name(sidecar.name.removesuffix(".provenance.json")))
+        job["run"] = client.get_run(job["sidecar"]["mlflow_run_id"])
+    return found
+
+
+def wanted_jobs(said: str) -> dict[str, int]:
+    """Number of jobs by rule that a dry run announces."""
+    return {rule: int(number) for rule, number in re.findall(r"^(\w+) +(\d+)$", said, re.M) if rule != "total"}
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_table1_has_its_rows(workflow: Workflow) -> None:
+    table = pd.read_csv(workflow.results / "table1.csv")
+    rows = table[["training_data", "test_data", "against"]].apply(tuple, axis=1).tolist()
+    pairs = [("ImageReward", "ImageReward"), ("HPSv2 (25% subset)", "HPDv2"), ("HPSv2 (25% subset)", "ImageReward")]
+    assert rows == [(*pair, against) for pair in pairs for against in ("labels", "noise-free order")]
+    for k in (1, 3):
+        for name in ("", "_se", "_low", "_high"):
+            assert table[f"mean@{k}{name}"].between(0, 100).all()
+    assert table[["mean@1_paper", "mean@3_paper"]].values.tolist()[0] == [64.7, 64.9]
+    assert table[["mean@1_paper", "mean@3_paper"]].values.tolist()[2] == [65.1, 65.4]
+    assert set(table["data_source"]) == {"synthetic"} and set(table["model"]) == {"tiny-qwen2.5-vl"}
+    assert table["n_prompts"].tolist() == [10, 10, 8, 8, 10, 10]
+    assert (table["n_pairs"] > 0).all() and table["protocol"].notna().all() and (table["rollouts"] == 3).all()
+
+
+def test_table2_has_its_rows(workflow: Workflow) -> None:
+    table = pd.read_csv(workflow.results / "table2.csv")
+    labels = table[table["against"] == "labels"]
+    assert labels["method"].tolist() == [
+        "Single human",
+        "Zero-shot reasoning",
+        "Zero-shot reasoning + soft reward",
+        "Trained on ImageReward",
+        "Trained on ImageReward + soft reward",
+    ]
+    assert labels["paper"].tolist() == [65.1, 51.0, 55.4, 59.2, 64.9]
+    assert {"mean@1", "mean@3", "mean@1_low", "mean@1_high", "n_pairs", "seed", "forced_percent"} <= set(table.columns)
+    assert set(table["data_source"]) == {"synthetic"}
+
+
+def test_people_can_read_the_tables(workflow: Workflow) -> None:
+    text = (workflow.results / "tables.md").read_text()
+    assert "Data source: synthetic" in text and "Table 1" in text and "Table 2" in text
+    value = pd.read_csv(workflow.results / "table1.csv")["mean@1"][0]
+    assert f"| {value:.1f} [" in text
+    for name in ("comparisons", "sensitivity"):
+        assert len(pd.read_csv(workflow.results / f"{name}.csv")) > 10
+
+
+def soft(row: dict[str, Any], answers: range) -> float:
+    """Expected answer of a recorded rollout."""
+    return sum(a * math.exp(p) for a, p in zip(answers, row["answer_logprobs"], strict=True))
+
+
+def recorded(workflow: Workflow, track: str, policy: str, test: str) -> list[dict[str, Any]]:
+    """All recorded rollouts of a policy on a test set."""
+    folder = workflow.results / "rollouts" / track / policy / "seed0" / test
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def accuracy(
+    workflow: Workflow, track: str, policy: str, test: str, k: int, score: Callable[[dict[str, Any]], float | None]
+) -> float:
+    """Accuracy at Mean@k under the official protocol of the test set, in percent, from the recorded rollouts alone."""
+    scores: dict[tuple[str, int], list[float | None]] = defaultdict(list)
+    for row in recorded(workflow, track, policy, test):
+        scores[row["candidate"], row["k"]].append(score(row))
+        if row["anchor"]:
+            scores[row["anchor"], row["k"]] = [0.5]
+    single = {key: values[0] for key, values in scores.items() if len(values) == 1}
+    assert len(single) == len(scores)
+    prompts = pq.read_table(workflow.results / "datasets" / test / "test" / "subset.parquet").to_pylist()
+    by_prompt = []
+    for row in prompts[: {"imagereward": 10, "hpsv2": 8}[test]]:
+        credits = []
+        for chosen in combinations(range(3), k):
+            means = []
+            for image in row["image_ids"]:
+                present = [s for s in (single[image, i] for i in chosen) if s is not None]
+                means.append(mean(present) if present else None)
+            for i, j in combinations(range(len(means)), 2):
+                one, two = means[i], means[j]
+                sign = row["ranks"][j] - row["ranks"][i]
+                if test == "hpsv2":
+                    credits.append(one is not None and two is not None and (one - two) * sign >= 0)
+                elif sign:
+                    credits.append(one is not None and two is not None and (one - two) * sign > 0)
+        by_prompt.append(credits)
+    if test == "hpsv2":
+        return 100 * mean(mean(credits) for credits in by_prompt)
+    return 100 * mean(credit for credits in by_prompt for credit in credits)
+
+
+def pair_soft(row: dict[str, Any]) -> float:
+    """Probability that the candidate is preferred over the anchor."""
+    return soft(row, range(2)) if row["candidate_second"] else 1 - soft(row, range(2))
+
+
+def test_table1_is_what_the_recorded_rollouts_say(workflow: Workflow) -> None:
+    table = pd.read_csv(workflow.results / "table1.csv")
+    labels = table[table["against"] == "labels"].reset_index()
+    for k in (1, 3):
+        expected = [
+            accuracy(workflow, "imagereward", "grpo", "imagereward", k, lambda row: soft(row, range(1, 8))),
+            accuracy(workflow, "hpsv2", "grpo", "hpsv2", k, pair_soft),
+            accuracy(workflow, "hpsv2", "grpo", "imagereward", k, pair_soft),
+        ]
+        assert labels[f"mean@{k}"].tolist() == pytest.approx(expected, abs=0.00501)
+
+
+def test_table2_is_what_the_recorded_rollouts_say(workflow: Workflow) -> None:
+    table = pd.read_csv(workflow.results / "table2.csv")
+    labels = table[table["against"] == "labels"].reset_index()
+    scores: list[Callable[[dict[str, Any]], float | None]] = [
+        lambda row: row["sampled_answer"],
+        lambda row: soft(row, range(1, 8)),
+    ]
+    for k in (1, 3):
+        expected = [
+            accuracy(workflow, "imagereward", policy, "imagereward", k, score)
+            for policy in ("zeroshot", "grpo")
+            for score in scores
+        ]
+        assert labels[f"mean@{k}"].tolist()[1:] == pytest.approx(expected, abs=0.00501)
+
+
+def test_every_item_has_its_rollouts(workflow: Workflow) -> None:
+    for track, policy, test in [
+        ("imagereward", "zeroshot", "imagereward"),
+        ("imagereward", "grpo", "imagereward"),
+        ("hpsv2", "zeroshot", "hpsv2"),
+        ("hpsv2", "grpo", "imagereward"),
+    ]:
+        rows = recorded(workflow, track, policy, test)
+        by_item = defaultdict(list)
+        for row in rows:
+            by_item[row["item_id"]].append(row["k"])
+        assert all(sorted(ks) == [0, 1, 2] for ks in by_item.values())
+        assert len({row["prompt_id"] for row in rows}) == {"imagereward": 10, "hpsv2": 8}[test]
+    first, second = ({row["item_id"] for row in recorded(workflow, "hpsv2", p, "hpsv2")} for p in ("zeroshot", "grpo"))
+    assert first == second  # the same anchors and orders, so the two policies are paired
+
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
+
+
+def test_every_rule_ran_and_every_output_is_as_its_sidecar_says(jobs: list[dict[str, Any]], workflow: Workflow) -> None:
+    assert {job["rule"] for job in jobs} == RULES - OTHER_SOURCES
+    for job in jobs:
+        sidecar = job["sidecar"]
+        declared = {path for path in job["outputs"] if not path.name.endswith(".provenance.json")}
+        assert {path.name for path in declared} == set(sidecar["outputs"]), job["rule"]
+        assert sidecar["stage_key"] and sidecar["code_digest"] and sidecar["versions"]["torch"]
+        assert sidecar["seconds"] > 0 and sidecar["peak_memory_megabytes"] > 0
+    on_disk = [
+        *workflow.results.rglob("*.provenance.json"),
+        *(workflow.folder / "downloads").rglob("*.provenance.json"),
+    ]
+    assert len(on_disk) == len(jobs)
+    assert not list(workflow.results.rglob("*.tmp")) and not list((workflow.results / "checkpoints").glob("*/"))
+
+
+def test_inputs_are_what_the_jobs_before_wrote(jobs: list[dict[str, Any]]) -> None:
+    written = {
+        str(path): job["sidecar"]["outputs"][path.name]["sha256"]
+        for job in jobs
+        for path in job["outputs"]
+        if not path.name.endswith(".provenance.json")
+    }
+    for job in jobs:
+        for path, digest in job["sidecar"]["inputs"].items():
+            assert written[path] == digest, (job["rule"], path)
+        assert bool(job["sidecar"]["inputs"]) != (job["rule"] in ("synthesize_dataset", "prepare_base_policy"))
+
+
+@pytest.mark.parametrize("rule", sorted(RULES - OTHER_SOURCES))
+def test_every_job_is_one_finished_run_with_every_output(
+    rule: str, jobs: list[dict[str, Any]], workflow: Workflow
+) -> None:
+    client = mlflow.MlflowClient(workflow.uri)
+    chosen = [job for job in jobs if job["rule"] == rule]
+    assert chosen
+    keys = {job["sidecar"]["stage_key"] for job in chosen}
+    assert len(keys) == len(chosen)
+    for job in chosen:
+        run, sidecar = job["run"], job["sidecar"]
+        assert run.info.status == "FINISHED" and run.data.tags["stage_key"] == sidecar["stage_key"]
+        assert run.data.tags["upstream_runs"].split() == sidecar["upstream_runs"]
+        attached = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+        assert {path.name for path in job["outputs"]} <= attached
+        copies = Path(client.download_artifacts(run.info.run_id, ""))
+        for path in job["outputs"]:
+            assert (copies / path.name).read_bytes() == path.read_bytes()
+        (log,) = client.list_artifacts(run.info.run_id, "log")
+        assert sidecar["stage_key"] in (copies / log.path).read_text()
+        assert len(run.inputs.dataset_inputs) == len(sidecar["inputs"])
+        assert run.data.metrics["seconds"] > 0
+        assert sidecar["metrics"].items() <= run.data.metrics.items() or rule == "make_tables"  # names are made safe
+        assert "seed" not in sidecar["config"] or run.data.params["seed"] == str(sidecar["config"]["seed"])
+
+
+def test_there_is_no_other_run(jobs: list[dict[str, Any]], workflow: Workflow) -> None:
+    client = mlflow.MlflowClient(workflow.uri)
+    experiment = client.get_experiment_by_name("softpref-test")
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    assert {run.info.run_id for run in runs} == {job["run"].info.run_id for job in jobs}
+    assert len({run.data.tags["stage_key"] for run in runs}) == len(runs) == len(jobs)
+
+
+def test_training_curves_and_reasoning_traces_are_tracked(jobs: list[dict[str, Any]], workflow: Workflow) -> None:
+    client = mlflow.MlflowClient(workflow.uri)
+    for job in jobs:
+        run_id = job["run"].info.run_id
+        if job["rule"] == "train_grpo":
+            for name, steps in {
+                "reward": [1, 2, 3, 4],
+                "kl": [1, 2, 3, 4],
+                "eval_soft_pair_accuracy": [0, 2, 4],
+            }.items():
+                assert [point.step for point in client.get_metric_history(run_id, name)] == steps
+        if job["rule"] == "generate_rollouts":
+            traces = client.list_artifacts(run_id, "traces")
+            assert len(traces) == 3
+            path = client.download_artifacts(run_id, traces[0].path)
+            assert "<answer>" in Path(path).read_text()
+
+
+# -------------------------------------------------------------------------------------------------------------- reruns
+
+
+def test_nothing_is_left_to_do(workflow: Workflow) -> None:
+    assert "Nothing to be done" in workflow.snakemake("-n")
+
+
+def test_touched_files_rerun_nothing(workflow: Workflow) -> None:
+    results = workflow.results
+    for path in (
+        workflow.folder / "downloads/synthetic/imagereward/dataset.json",
+        results / "datasets/hpsv2/train/preferences.parquet",
+        results / "datasets/imagereward/test/images-0000.parquet",
+        results / "policies/base/manifest.json",
+        results / "policies/hpsv2/seed0/adapter_model.safetensors",
+        results / "rollouts/hpsv2/grpo/seed0/hpsv2/0000-0000.parquet",
+        results / "accuracy/imagereward/grpo/seed0/imagereward.json",
+    ):
+        path.touch()
+    assert "Nothing to be done" in workflow.snakemake("-n")
+
+
+TABLES = {"measure_accuracy": 5, "make_tables": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "rules"),
+    [
+        ("scoring={report_k: [1, 2]}", {"measure_accuracy": 5, "make_tables": 1}),
+        ("scoring={bootstrap: {seed: 1}}", {"measure_accuracy": 5, "make_tables": 1}),
+        ("tracking={experiment: other, artifact_megabytes: 1}", {}),
+        (
+            "rollouts={blocks: 2}",
+            {"generate_rollouts": 8, "score_rollouts": 5, "measure_accuracy": 5, "make_tables": 1},
+        ),
+    ],
+)
+def test_a_changed_key_reruns_what_uses_it(workflow: Workflow, config: str, rules: dict[str, int]) -> None:
+    said = workflow.snakemake("-n", config=(config,))
+    found = wanted_jobs(said)
+    assert {rule: number for rule, number in found.items() if rule != "all"} == rules, said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_one_core_from_scratch_gives_the_same_bytes(workflow: Workflow, tmp_path: Path) -> None:
+    again = Workflow(tmp_path)
+    again.snakemake("--cores", "1")
+    for name in ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md"):
+        assert (again.results / name).read_bytes() == (workflow.results / name).read_bytes(), name
+    for path in sorted(workflow.results.rglob("*.parquet")) + sorted(workflow.results.rglob("*.safetensors")):
+        other = again.results / path.relative_to(workflow.results)
+        assert other.read_bytes() == path.read_bytes(), path
