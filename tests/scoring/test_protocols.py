@@ -110,7 +110,7 @@ def strict_orders(rewards: list[int]) -> list[list[int]]:
     orders: list[list[int]] = [[]]
     for image in sorted(range(len(rewards)), key=lambda i: -rewards[i]):
         orders = [
-            order[:place] + [image] + order[place:]
+            [*order[:place], image, *order[place:]]
             for order in orders
             for place in range(len(order) + 1)
             if all(rewards[before] >= rewards[image] for before in order[:place])

@@ -266,7 +266,7 @@ def test_mostly_missing_images_are_an_error(
     digest = hashlib.sha256(subset.read_bytes()).hexdigest()
     sidecar["outputs"]["subset.parquet"] |= {"sha256": digest, "bytes": subset.stat().st_size}
     sidecar_path(subset).write_text(json.dumps(sidecar))
-    with pytest.raises(ValueError, match="only 0 of .* images can be read"):
+    with pytest.raises(ValueError, match=r"only 0 of .* images can be read"):
         run_stage(
             "read_images",
             ReadImages.of(configuration, "imagereward", "test", 0),
@@ -315,11 +315,11 @@ class HubHandler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Keep the test's output clean."""
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         """Answer like GET, without a body."""
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """Describe the repository, list its files, or serve one."""
         path = self.path.split("?")[0]
         if "/resolve/" in path:
