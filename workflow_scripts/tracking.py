@@ -107,29 +107,35 @@ def run_stage(arguments: StageArguments) -> Iterator[Run]:
     started = time.time()
     stage = Path(inspect.getfile(type(arguments))).stem
     config = arguments.config.model_dump(mode="json")  # type: ignore[attr-defined]
-    given = arguments.files("input")
-    sidecars = {str(path): provenance.verify(path) for group in given.values() for path in group}
-    inputs = {path: sidecar["outputs"][Path(path).name]["sha256"] for path, sidecar in sidecars.items()}
-    by_argument = {name: [inputs[str(path)] for path in group] for name, group in given.items()}
     code = arguments.code_digest or provenance.code_digest(stage, config.get("engine", "transformers"))
-    key = provenance.stage_key(stage, config, by_argument, code)
     instance = {k: config[k] for k in INSTANCE_KEYS if k in config}
     name = " · ".join([stage, *(f"{k} {v}" if isinstance(v, int) else str(v) for k, v in instance.items())])
-    run = Run(key, sidecars)
+    run = Run("", {})
     record: dict[str, Any] = {
         "stage": stage,
-        "stage_key": key,
+        "stage_key": "",
         "config": config,
         "code_digest": code,
         "git_commit": provenance.git_commit(),
-        "inputs": inputs,
-        "upstream_runs": sorted({s["mlflow_run_id"] for s in sidecars.values() if s["mlflow_run_id"]}),
+        "inputs": {},
+        "upstream_runs": [],
         "versions": provenance.versions(),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
     }
+    given = arguments.files("input")
+    try:
+        run.inputs = {str(path): provenance.verify(path) for group in given.values() for path in group}
+    except provenance.ProvenanceError:
+        _open(run, name, record)
+        _fail(run, arguments.log_file)
+        raise
+    record["inputs"] = inputs = {p: s["outputs"][Path(p).name]["sha256"] for p, s in run.inputs.items()}
+    record["upstream_runs"] = sorted({s["mlflow_run_id"] for s in run.inputs.values() if s["mlflow_run_id"]})
+    by_argument = {argument: [inputs[str(path)] for path in group] for argument, group in given.items()}
+    run.stage_key = record["stage_key"] = provenance.stage_key(stage, config, by_argument, code)
     _open(run, name, record)
     try:
-        log.info("%s, stage_key %s", name, key)
+        log.info("%s, stage_key %s", name, run.stage_key)
         yield run
         outputs = [path for group in arguments.files("output").values() for path in group]
         folder = outputs[0].parent
@@ -145,8 +151,7 @@ def run_stage(arguments: StageArguments) -> Iterator[Run]:
         provenance.write_json(sidecar, record)
         log.info("finished in %.1f s, at most %d MB", record["seconds"], record["peak_memory_megabytes"])
     except BaseException:
-        run.text(traceback.format_exc(), "traceback.txt")
-        _close(run, "FAILED", arguments.log_file)
+        _fail(run, arguments.log_file)
         raise
     run.metrics({"seconds": record["seconds"], "peak_memory_megabytes": record["peak_memory_megabytes"]})
     run.files([*outputs, sidecar])
@@ -187,6 +192,12 @@ def _open(run: Run, name: str, record: dict[str, Any]) -> None:
             mlflow.log_input(data, context=record["stage"])
     except Exception as error:
         log.warning("no MLflow run at %s (%s); the stage goes on", uri.split("@")[-1], _told(error))
+
+
+def _fail(run: Run, log_file: Path | None) -> None:
+    """End the MLflow run as failed, with the traceback of the current exception."""
+    run.text(traceback.format_exc(), "traceback.txt")
+    _close(run, "FAILED", log_file)
 
 
 def _close(run: Run, status: str, log_file: Path | None) -> None:

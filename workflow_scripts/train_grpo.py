@@ -264,7 +264,14 @@ def main() -> None:
                     {name: read_image["validation"](name) for item, _ in validation for name in item.image_ids},
                     rollouts=t.validation_rollouts,
                     first_k=0,
-                    sampling=Sampling(temperature=t.temperature, max_thinking_tokens=t.max_completion_tokens),
+                    # Every key is given: a default that changed elsewhere must not change which adapter is kept.
+                    sampling=Sampling(
+                        temperature=t.temperature,
+                        top_p=1.0,
+                        top_k=0,
+                        max_thinking_tokens=t.max_completion_tokens,
+                        max_answer_tokens=4,
+                    ),
                     batch_items=t.prompts_per_step * t.group_size // 2,
                     seed=f"validation {config.seed}",
                 )
@@ -300,7 +307,12 @@ def main() -> None:
         trainer.validate = validate
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-        best = Path(str(trainer.state.best_model_checkpoint))
+        if trainer.state.best_model_checkpoint is None:
+            raise ValueError(
+                f"{arguments.validation}: no validation pair could be judged (all tied, or no image readable); "
+                "raise validation_prompts"
+            )
+        best = Path(trainer.state.best_model_checkpoint)
         with replacing(arguments.adapter) as temporary:
             shutil.copyfile(folder / best.name / "adapter_model.safetensors", temporary)
         adapter = json.loads((folder / best.name / "adapter_config.json").read_text())
