@@ -151,7 +151,9 @@ def test_a_changed_input_stops_the_stage(store: Any, preferences: Path, run_main
     preferences.write_bytes(preferences.read_bytes()[::-1])
     with pytest.raises(RuntimeError, match=r"preferences\.parquet is not what its stage wrote"):
         run_main("select_subset", CONFIG, preferences=preferences, output=tmp_path / "subset.parquet")
-    assert not store("FINISHED") and not (tmp_path / "subset.parquet").exists()
+    (run,) = store()
+    assert run.info.status == "FAILED" and "ProvenanceError" in artifacts(run)["traceback.txt"].read_text()
+    assert not (tmp_path / "subset.parquet").exists()
 
 
 def test_what_the_stage_reports_is_in_the_run_and_in_the_sidecar(store: Any, preferences: Path, tmp_path: Path) -> None:
