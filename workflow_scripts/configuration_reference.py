@@ -15,13 +15,13 @@ import yaml
 from workflow_scripts.configuration import Configuration, Section
 
 
-def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Any, Section]]:
+def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field, value, section
+            yield f"{prefix}{name}", field, value
 
 
 def _allowed(field: Any) -> str:
@@ -41,7 +41,7 @@ def _allowed(field: Any) -> str:
     return ", ".join([kind, *bounds])
 
 
-def render_yaml(section: Section, depth: int = 0, seen: set[type] | None = None) -> str:
+def render_yaml(section: Section, depth: int = 0, seen: set[tuple[type, str]] | None = None) -> str:
     """Commented YAML of the defaults; a kind of section is commented where it first occurs."""
     seen = set() if seen is None else seen
     indent = "  " * depth
@@ -50,7 +50,7 @@ def render_yaml(section: Section, depth: int = 0, seen: set[type] | None = None)
         value = getattr(section, name)
         inherited = next(c for c in reversed(type(section).__mro__) if name in getattr(c, "model_fields", {}))
         first = (inherited, name) not in seen
-        seen.add((inherited, name))  # type: ignore[arg-type]
+        seen.add((inherited, name))
         if isinstance(value, Section):
             text = (type(value).__doc__ or "").splitlines()[0].rstrip(".")
             lines += ["" if depth == 0 else None, f"{indent}# {text}", f"{indent}{name}:"]
@@ -68,7 +68,7 @@ def render_yaml(section: Section, depth: int = 0, seen: set[type] | None = None)
 def render_markdown(configuration: Configuration) -> str:
     """Key-by-key reference."""
     rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
-    for key, field, value, _ in _leaves(configuration):
+    for key, field, value in _leaves(configuration):
         cell = json.dumps(value) if not isinstance(value, str) else value
         allowed = _allowed(field).replace("|", "\\|")
         meaning = field.description.replace("|", "\\|").replace("\n", " ")
