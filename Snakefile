@@ -18,6 +18,7 @@ sys.path.insert(0, str(workflow.basedir))
 from workflow_scripts import configuration as configurations
 from workflow_scripts import stage_configuration as stages
 from workflow_scripts.provenance import code_digest, stage_environment
+from workflow_scripts.verify_results import refuse_unrecorded
 
 
 configfile: os.path.join(workflow.basedir, "config.yaml")

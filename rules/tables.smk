@@ -3,10 +3,13 @@
 
 rule make_tables:
     input:
-        accuracies=[
-            f"{RESULTS}/accuracy/{track}/{policy}/seed{seed}/{test}.json"
-            for track, policy, test, seed in stages.measured(configuration)
-        ],
+        accuracies=stages.accuracy_files(configuration),
+        # Stops where .snakemake/ is lost and the results that are here are another configuration's; adds nothing.
+        nothing=lambda w: refuse_unrecorded(
+            configuration,
+            stages.accuracy_files(configuration),
+            lambda path: workflow.persistence.metadata(path) is not None,
+        ),
         base=rules.prepare_base_policy.output.manifest,
         adapters=expand(
             rules.train_grpo.output.adapter,

@@ -221,9 +221,9 @@ class Training(Section):
 
     steps: int = Field(ge=1)
     """Optimizer steps."""
-    prompts_per_step: int = Field(16, ge=1)
-    """Training items (states s) in one step."""
-    group_size: int = Field(8, ge=2)
+    prompts_per_step: int = Field(32, ge=1)
+    """Training items (states s) in one step. Many items, few completions each: so the tiny policy learns steadily."""
+    group_size: int = Field(4, ge=2)
     """Completions sampled for each item, G."""
     gradient_accumulation: int = Field(2, ge=1)
     """Parts in which one step's completions pass through the model: less memory, same result but for rounding."""
@@ -231,7 +231,7 @@ class Training(Section):
     """Peak learning rate, reached by linear warm-up."""
     learning_rate_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
     """After the warm-up: constant, or down to zero at the last step."""
-    warmup_steps: int = Field(5, ge=0)
+    warmup_steps: int = Field(10, ge=0)
     """Steps of warm-up."""
     max_grad_norm: float = Field(0.03, gt=0)
     """Gradient clipping. The tiny policy's norm is about 0.015; a single step of 0.2 has wrecked a run of it."""
@@ -281,7 +281,7 @@ class PointwiseTraining(Training):
 class PairwiseTraining(Training):
     """Training on pairs of images (HPSv2)."""
 
-    steps: int = Field(60, ge=1)
+    steps: int = Field(80, ge=1)
     """Optimizer steps."""
     rewards: PairwiseRewards = PairwiseRewards()
 

@@ -190,6 +190,36 @@ def verify(output: Path) -> dict[str, Any]:
     return sidecar
 
 
+def verify_chain(output: Path, seen: dict[Path, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Check `output`, and all that it was made from as far as that is still there, and return its sidecar.
+
+    Raises:
+        ProvenanceError: a file is not what its stage wrote, or was made from another version of a file than the one
+            that is there now.
+    """
+    seen = {} if seen is None else seen
+    if output in seen:
+        return seen[output]
+    sidecar = seen[output] = verify(output)
+    for name, sha256 in sidecar["inputs"].items():
+        path = Path(name)
+        if path.exists() and verify_chain(path, seen)["outputs"][path.name]["sha256"] != sha256:
+            raise ProvenanceError(
+                f"{output} was made from another {path} than the one that is there now; delete {output} and run "
+                "snakemake again to make it anew"
+            )
+    return sidecar
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested sections by dotted key."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
 def stage_key(stage: str, config: Any, inputs: dict[str, list[str]], code: str) -> str:
     """Identity of a stage instance: its configuration (wildcards included), its inputs' digests and its code.
 

@@ -3,7 +3,8 @@
 The canonical JSON of these models is a rule's parameter, so a stage reruns exactly when one of its own keys changed.
 """
 
-from typing import Literal, Self
+import inspect
+from typing import Any, Literal, Self
 
 from workflow_scripts.configuration import (
     PROTOCOL,
@@ -309,6 +310,30 @@ class MakeTables(StageConfig):
         )
 
 
+STAGES: dict[str, Any] = {
+    "synthesize_dataset": SynthesizeDataset,
+    "download_dataset": DownloadDataset,
+    "read_annotations": ReadAnnotations,
+    "select_subset": SelectSubset,
+    "read_images": ReadImages,
+    "cold_start_policy": ColdStartPolicy,
+    "prepare_base_policy": PrepareBasePolicy,
+    "train_grpo": TrainGrpo,
+    "generate_rollouts": GenerateRollouts,
+    "score_rollouts": ScoreRollouts,
+    "measure_accuracy": MeasureAccuracy,
+    "make_tables": MakeTables,
+}
+
+
+def same_instance(c: Configuration, stage: str, recorded: dict[str, Any]) -> StageConfig:
+    """What this configuration asks of the stage instance (data set, track, seed, ...) of a recorded config."""
+    model = STAGES[stage]
+    _, *instance = inspect.signature(model.of).parameters
+    found: StageConfig = model.of(c, **{name: recorded[name] for name in instance})
+    return found
+
+
 def shard_range(c: Configuration, test: Dataset, shard: int) -> tuple[int, int]:
     """Positions [start, stop) of a shard in the hash order of the test prompts; only the last one is cut short."""
     start = shard * c.rollouts.shard_prompts
@@ -325,6 +350,11 @@ def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
     own: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in ("zeroshot", "grpo")]
     cross: list[tuple[Track, str, Dataset]] = [(x.track, "grpo", x.test) for x in c.cross_tests]
     return [(*case, seed) for case in own + cross for seed in c.seeds]
+
+
+def accuracy_files(c: Configuration) -> list[str]:
+    """Accuracies that the tables are made from."""
+    return [f"{c.results}/accuracy/{t}/{policy}/seed{seed}/{test}.json" for t, policy, test, seed in measured(c)]
 
 
 def dataset_record(c: Configuration, dataset: Dataset) -> str:

@@ -124,7 +124,8 @@ def run_stage(arguments: StageArguments) -> Iterator[Run]:
     }
     given = arguments.files("input")
     try:
-        run.inputs = {str(path): provenance.verify(path) for group in given.values() for path in group}
+        verified: dict[Path, Any] = {}
+        run.inputs = {str(path): provenance.verify_chain(path, verified) for group in given.values() for path in group}
     except provenance.ProvenanceError:
         _open(run, name, record)
         _fail(run, arguments.log_file)
@@ -185,7 +186,7 @@ def _open(run: Run, name: str, record: dict[str, Any]) -> None:
         }
         active = mlflow.start_run(run_name=name, tags=tags)
         run.mlflow_run_id = active.info.run_id
-        mlflow.log_params(_flat(record["config"]))
+        mlflow.log_params(provenance.flat(record["config"]))
         for path, digest in record["inputs"].items():
             source = LocalArtifactDatasetSource(str(Path(path).resolve()))
             data: Any = MetaDataset(source, name=Path(path).name, digest=digest[:16])  # type: ignore[abstract]
@@ -246,14 +247,6 @@ def _first_use(uri: str) -> contextlib.AbstractContextManager[Any]:
 def _told(error: Exception) -> str:
     """What an exception says, without the user and password that an address in it may hold."""
     return re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {error}")
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
-    }
 
 
 def _safe(name: str) -> str:

@@ -150,10 +150,19 @@ class CurvesToRun(TrainerCallback):
         """Curves go to `run`."""
         self.run = run
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin with the curves up to the checkpoint that a resumed training starts from."""
+        if state.global_step:
+            self.run.metrics({"resumed_from_step": state.global_step})
+        for entry in state.log_history:
+            self._log(entry, entry["step"])
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Pass on what is a number."""
-        numbers = {k: v for k, v in kwargs["logs"].items() if isinstance(v, int | float) and math.isfinite(v)}
-        self.run.metrics(numbers, step=state.global_step)
+        self._log(kwargs["logs"], state.global_step)
+
+    def _log(self, entry: dict[str, Any], step: int) -> None:
+        self.run.metrics({k: v for k, v in entry.items() if k != "step" and isinstance(v, int | float)}, step=step)
 
 
 def grpo_config(config: TrainGrpo, folder: Path, resumed: bool) -> GRPOConfig:

@@ -1,0 +1,361 @@
+"""kill -9 at named points and at random moments, full and read-only disks: going on gives the tables of a whole run."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import pytest
+
+from workflow_scripts.provenance import ROOT, verify
+
+TABLES = ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md")
+
+# Stands in a copy of the repository, where every stage's interpreter imports it at start. It strikes from within the
+# stage at an event that CPython reports to audit hooks (a file opened, renamed, a folder made), so that nothing in the
+# code under test knows of it.
+SITECUSTOMIZE = """
+import json, os, re, signal, sys
+from pathlib import Path
+
+plan = json.loads(os.environ.get("FAULT") or "null")
+stage = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+struck = plan and Path(plan["struck"])
+
+
+def strike(arguments):
+    if struck.exists():
+        return
+    struck.write_text(" ".join(map(str, arguments)))
+    if plan["cut"]:
+        os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
+    if plan["who"] in ("snakemake", "all"):
+        import psutil
+        for parent in psutil.Process().parents():
+            if any(word.endswith("snakemake") for word in parent.cmdline()[:3]):
+                parent.kill()
+                parent.wait()
+    if plan["who"] in ("stage", "all"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch(event, arguments):
+    global armed
+    if armed == 0:
+        if event != "os.rename":
+            armed = -1
+            strike(arguments)
+    elif armed > 0 and event == plan["event"] and re.search(plan["path"], " ".join(map(str, arguments))):
+        if plan["after"]:
+            armed = 0
+        else:
+            armed -= 1
+            if armed == 0:
+                armed = -1
+                strike(arguments)
+
+
+if plan and stage == "workflow_scripts." + plan["stage"] and not struck.exists():
+    armed = plan["times"]
+    if plan["event"] == "start":
+        strike(())
+    else:
+        sys.addaudithook(watch)
+"""
+
+
+@dataclass
+class Fault:
+    """Where a stage is struck, and who dies: the stage, all of the workflow, or only snakemake (the stage goes on)."""
+
+    event: str
+    who: str
+    path: str = ""
+    times: int = 1
+    cut: bool = False
+    """Halve the temporary file first, as if the kill had come in the middle of writing it."""
+    after: bool = False
+    """Strike not at the event but at the next thing that the stage does."""
+
+
+RENAMED = "results/test"  # only the stage's own files, not those of a library
+EVERYWHERE = {
+    "orphaned at the start": Fault("start", "snakemake"),
+    "at the start": Fault("start", "all"),
+    "in the middle of writing": Fault("os.rename", "all", RENAMED, cut=True),
+    "before the provenance": Fault("os.rename", "stage", "provenance.json"),
+    "after the provenance": Fault("os.rename", "all", "provenance.json", after=True),
+}
+MORE = {
+    "synthesize_dataset": {"between archives": Fault("open", "all", r"validation_1\.zip")},
+    "train_grpo": {
+        "in the middle of the first checkpoint": Fault("open", "all", r"checkpoint-2/trainer_state\.json"),
+        "between checkpoints": Fault("os.mkdir", "all", r"checkpoint-4"),
+        "before the second output": Fault("os.rename", "all", r"adapter_config\.json"),
+    },
+    "make_tables": {"between tables": Fault("os.rename", "all", r"comparisons\.csv")},
+}
+RESULTS = "results/test"
+TARGETS = {
+    "synthesize_dataset": f"{RESULTS}/downloads/synthetic/imagereward/dataset.json",
+    "read_annotations": f"{RESULTS}/datasets/imagereward/test/preferences.parquet",
+    "select_subset": f"{RESULTS}/datasets/hpsv2/validation/subset.parquet",
+    "read_images": f"{RESULTS}/datasets/imagereward/test/images-0000.parquet",
+    "prepare_base_policy": f"{RESULTS}/policies/base/manifest.json",
+    "train_grpo": f"{RESULTS}/policies/imagereward/seed0/adapter_model.safetensors",
+    "generate_rollouts": f"{RESULTS}/rollouts/imagereward/grpo/seed0/imagereward/0000-0000.parquet",
+    "score_rollouts": f"{RESULTS}/scores/imagereward/grpo/seed0/imagereward.parquet",
+    "measure_accuracy": f"{RESULTS}/accuracy/imagereward/grpo/seed0/imagereward.json",
+    "make_tables": f"{RESULTS}/table1.csv",
+}
+
+
+@dataclass
+class Checkout:
+    """A copy of the repository with the hook in it, where the workflow runs as a user runs it."""
+
+    folder: Path
+    strikes: int = 0
+
+    @property
+    def results(self) -> Path:
+        """Folder of the results."""
+        return self.folder / RESULTS
+
+    @property
+    def client(self) -> mlflow.MlflowClient:
+        """Access to the tracking store."""
+        return mlflow.MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+
+    def start(self, *words: str, fault: dict[str, Any] | None = None) -> subprocess.Popen[str]:
+        """Start snakemake in a process group of its own."""
+        environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | {"FAULT": json.dumps(fault)}
+        command = [sys.executable, "-m", "snakemake", *words, "--configfile", "configs/test.yaml"]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **pipes)
+
+    def finish(self, *words: str) -> str:
+        """Do as the documentation says after a kill: wait for what still runs, unlock, and run the same again."""
+        self.wait_for_orphans()
+        unlocked = self.start("--unlock")
+        assert unlocked.wait(timeout=120) == 0, unlocked.communicate()[0]
+        process = self.start("--cores", "2", *words)
+        said = process.communicate(timeout=1800)[0]
+        assert process.returncode == 0, said
+        return said
+
+    def struck(self, stage: str, fault: Fault, *words: str) -> str:
+        """Run until the stage is struck; return what snakemake said."""
+        self.strikes += 1
+        mark = self.folder / f"struck-{self.strikes}"
+        process = self.start("--cores", "1", *words, fault={"stage": stage, "struck": str(mark), **vars(fault)})
+        said = process.communicate(timeout=1800)[0]
+        assert mark.exists(), f"{stage} never came to {fault}:\n{said}"
+        assert process.returncode != 0, said
+        return said
+
+    def unlock(self) -> None:
+        """Remove the lock that a killed snakemake leaves."""
+        self.wait_for_orphans()
+        unlocked = self.start("--unlock")
+        assert unlocked.wait(timeout=120) == 0, unlocked.communicate()[0]
+
+    def wait_for_orphans(self) -> None:
+        """Wait for stages that a killed snakemake has left running."""
+        for process in psutil.process_iter(["cwd", "cmdline"]):
+            if process.info["cwd"] == str(self.folder) and "-m" in (process.info["cmdline"] or []):
+                process.wait(timeout=600)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    """Return a fresh copy of the repository."""
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = files.stdout.split("\n")[:-1]
+    assert "Snakefile" in names, files.stderr
+    for name in names:
+        if not name.startswith(("tests/", "docs/")) and (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    return Checkout(tmp_path)
+
+
+def assert_equal_to(undisturbed: Path, checkout: Checkout) -> None:
+    """Final tables, adapters and all tables between are those of a run that nothing disturbed."""
+    for name in TABLES:
+        assert (checkout.results / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    kinds = ("*.parquet", "*.safetensors", "training.json")
+    found = {path.relative_to(undisturbed) for kind in kinds for path in undisturbed.rglob(kind)}
+    assert found == {path.relative_to(checkout.results) for kind in kinds for path in checkout.results.rglob(kind)}
+    for path in found:
+        assert (checkout.results / path).read_bytes() == (undisturbed / path).read_bytes(), path
+    for sidecar in checkout.results.rglob("*.provenance.json"):
+        verify(sidecar.with_name(sidecar.name.removesuffix(".provenance.json")))
+    assert not list(checkout.results.rglob("*.tmp"))
+
+
+def assert_no_half_written_file(undisturbed: Path, checkout: Checkout) -> None:
+    """What can be seen of the results after a kill is whole: it has the bytes that it has in the end."""
+    for kind in ("*.parquet", "*.safetensors", "*.csv"):
+        for path in checkout.results.rglob(kind):
+            relative = path.relative_to(checkout.results)
+            if "checkpoints" not in relative.parts and "downloads" not in relative.parts:
+                assert path.read_bytes() == (undisturbed / relative).read_bytes(), relative
+
+
+def assert_one_finished_run_per_stage(checkout: Checkout) -> None:
+    """Every stage instance is one finished run; whatever was killed is failed, nothing is left running."""
+    runs = checkout.client.search_runs(["1"], max_results=1000)
+    finished = Counter(run.data.tags["stage_key"] for run in runs if run.info.status == "FINISHED")
+    sidecars = [json.loads(path.read_text()) for path in checkout.results.rglob("*.provenance.json")]
+    assert finished == Counter(sidecar["stage_key"] for sidecar in sidecars)
+    assert {run.info.status for run in runs} <= {"FINISHED", "FAILED"}
+
+
+def with_finished_runs_below(checkout: Checkout, undisturbed: Path, stages: tuple[str, ...]) -> None:
+    """Put an undisturbed run into the checkout, without what the stages make."""
+    shutil.copytree(undisturbed, checkout.results, dirs_exist_ok=True)
+    for stage in stages:
+        for sidecar in list(checkout.results.rglob("*.provenance.json")):
+            record = json.loads(sidecar.read_text())
+            if record["stage"] == stage:
+                for name in record["outputs"]:
+                    (sidecar.parent / name).unlink()
+                sidecar.unlink()
+
+
+# ------------------------------------------------------------------------------------------------------------ kill -9
+
+
+@pytest.mark.timeout(900)
+def test_tables_killed_at_every_point(workflow: Any, checkout: Checkout) -> None:
+    """The short version: the last stage, on results whose other stages are finished."""
+    with_finished_runs_below(checkout, workflow.results, ("make_tables",))
+    shutil.copytree(workflow.folder / "downloads", checkout.results / "downloads")
+    for fault in (EVERYWHERE | MORE["make_tables"]).values():
+        checkout.struck("make_tables", fault)
+        assert_no_half_written_file(workflow.results, checkout)
+        checkout.unlock()
+    checkout.finish()
+    assert_equal_to(workflow.results, checkout)
+    runs = checkout.client.search_runs(["1"])
+    assert Counter(run.info.status for run in runs)["FINISHED"] == 1
+    assert {run.info.status for run in runs} == {"FINISHED", "FAILED"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_stage_killed_at_every_point(workflow: Any, checkout: Checkout) -> None:
+    for stage, target in TARGETS.items():
+        for fault in (EVERYWHERE | MORE.get(stage, {})).values():
+            checkout.struck(stage, fault, target)
+            assert_no_half_written_file(workflow.results, checkout)
+            checkout.unlock()
+    checkout.finish()
+    assert_equal_to(workflow.results, checkout)
+    assert_one_finished_run_per_stage(checkout)
+    (training,) = [
+        run
+        for run in checkout.client.search_runs(["1"], "attributes.status = 'FINISHED'", max_results=1000)
+        if run.data.tags["stage"] == "train_grpo" and run.data.tags["track"] == "imagereward"
+    ]
+    assert training.data.metrics["resumed_from_step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments(workflow: Any, checkout: Checkout, seed: int) -> None:
+    rng = random.Random(f"kills {seed}")
+    for _ in range(12):
+        process = checkout.start("--cores", "2")
+        time.sleep(rng.uniform(2, 40))
+        if rng.random() < 0.5:
+            process.kill()  # its stages go on
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        checkout.unlock()
+        assert_no_half_written_file(workflow.results, checkout)
+    checkout.finish()
+    assert_equal_to(workflow.results, checkout)
+    assert_one_finished_run_per_stage(checkout)
+
+
+# ------------------------------------------------------------------------------------------------ disks and memory
+
+
+@pytest.fixture
+def small_disk(checkout: Checkout) -> Iterator[Path]:
+    """Yield the results folder as a file system of its own, of 2 MB."""
+    checkout.results.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(checkout.results)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
+    yield checkout.results
+    checkout.wait_for_orphans()
+    subprocess.run(["umount", str(checkout.results)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    """Change a mounted file system."""
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def copied_before_tables(checkout: Checkout, workflow: Any) -> None:
+    with_finished_runs_below(checkout, workflow.results, ("make_tables", "measure_accuracy"))
+    shutil.copytree(workflow.folder / "downloads", checkout.results / "downloads")
+
+
+@pytest.mark.timeout(900)
+def test_a_full_disk_is_said_and_the_rerun_goes_on(workflow: Any, checkout: Checkout, small_disk: Path) -> None:
+    remount(small_disk, "size=200m")
+    copied_before_tables(checkout, workflow)
+    used = sum(path.stat().st_blocks * 512 for path in small_disk.rglob("*") if path.is_file())
+    remount(small_disk, f"size={used + 24_000}")
+    process = checkout.start("--cores", "1", "--keep-going")
+    said = process.communicate(timeout=600)[0]
+    assert process.returncode != 0 and "No space left on device" in said, said
+    remount(small_disk, "size=200m")
+    checkout.finish()
+    assert_equal_to(workflow.results, checkout)
+
+
+@pytest.mark.timeout(900)
+def test_a_read_only_results_folder_is_said_and_the_rerun_goes_on(
+    workflow: Any, checkout: Checkout, small_disk: Path
+) -> None:
+    remount(small_disk, "size=200m")
+    copied_before_tables(checkout, workflow)
+    remount(small_disk, "ro")
+    process = checkout.start("--cores", "1")
+    said = process.communicate(timeout=600)[0]
+    assert process.returncode != 0 and re.search("Read-only file system: '?[^ ]*results/test", said), said
+    remount(small_disk, "rw")
+    checkout.finish()
+    assert_equal_to(workflow.results, checkout)
+
+
+@pytest.mark.timeout(900)
+def test_a_stage_that_the_kernel_kills_is_said_and_the_rerun_goes_on(workflow: Any, checkout: Checkout) -> None:
+    copied_before_tables(checkout, workflow)
+    said = checkout.struck("measure_accuracy", Fault("start", "stage"))
+    assert "Error in rule measure_accuracy" in said and "logs/measure_accuracy" in said, said
+    assert "-9" in said or "137" in said, said
+    checkout.finish()
+    assert_equal_to(workflow.results, checkout)

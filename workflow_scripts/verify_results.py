@@ -1,0 +1,156 @@
+"""Check a whole results folder: is every file what its stage wrote, from the inputs that are there, as configured?
+
+python -m workflow_scripts.verify_results results
+python -m workflow_scripts.verify_results results/three-seeds --configfile configs/three_seeds.yaml
+
+Prints what does not fit and exits with 1 where there is anything. `--remove` deletes these files, so that the next
+`snakemake` makes them anew. Run it where you run snakemake: the paths in provenance files start there.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from snakemake.utils import update_config
+from tabulate import tabulate
+
+from workflow_scripts.configuration import Configuration, load
+from workflow_scripts.provenance import ROOT, ProvenanceError, code_digest, file_digest, flat, read_sidecar
+from workflow_scripts.stage_configuration import same_instance
+
+SUFFIX = ".provenance.json"
+
+
+def altered_outputs(output: Path, sidecar: dict[str, Any]) -> list[str]:
+    """Outputs of a job that are missing or, by content, not what its stage wrote."""
+    found = []
+    for name, record in sidecar["outputs"].items():
+        path = output.parent / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != record["bytes"] or file_digest(path) != record["sha256"]:
+            found.append(f"{name} is not what its stage wrote")
+    return found
+
+
+def other_inputs(sidecar: dict[str, Any]) -> list[str]:
+    """Inputs of a job of which there is another version now; one that is no longer there cannot be compared."""
+    found = []
+    for name, sha256 in sidecar["inputs"].items():
+        path = Path(name)
+        if path.is_file() and file_digest(path) != sha256:
+            found.append(f"made from another {name}")
+    return found
+
+
+def other_settings(configuration: Configuration, sidecar: dict[str, Any]) -> list[str]:
+    """What this configuration and this code ask of a stage that differs from what a sidecar says it ran with."""
+    expected = same_instance(configuration, sidecar["stage"], sidecar["config"]).model_dump(mode="json")
+    asked, ran = flat(expected), flat(sidecar["config"])
+    found = [
+        f"made with {key} = {json.dumps(ran.get(key))}, now {json.dumps(asked.get(key))}"
+        for key in sorted(asked.keys() | ran.keys())
+        if asked.get(key) != ran.get(key)
+    ]
+    if sidecar["code_digest"] != code_digest(sidecar["stage"], expected.get("engine", "transformers")):
+        found.append(f"made by other code of {sidecar['stage']}")
+    return found
+
+
+def refuse_unrecorded(
+    configuration: Configuration, outputs: Iterable[str], is_recorded: Callable[[str], bool]
+) -> list[str]:
+    """Stop where parts of the tables were made with other settings and Snakemake cannot know.
+
+    Snakemake compares settings with its own record in .snakemake/. Where that is lost, or results were copied here
+    without it, it takes any file for up to date. The provenance files know better.
+
+    Args:
+        configuration: the one that is asked for.
+        outputs: files that the tables are made from; those before them are found in their provenance.
+        is_recorded: whether Snakemake has a record of a file.
+
+    Returns:
+        Nothing: a rule can call this as one of its input functions.
+
+    Raises:
+        ProvenanceError: names every file with what differs, and the remedy.
+    """
+    waiting, seen, found = list(outputs), set(), []
+    while waiting:
+        name = waiting.pop()
+        if name in seen or not Path(name).is_file() or not Path(f"{name}{SUFFIX}").is_file():
+            continue
+        seen.add(name)
+        sidecar = read_sidecar(Path(name))
+        waiting += sidecar["inputs"]
+        if not is_recorded(name):
+            found += [f"  {name}: {reason}" for reason in other_settings(configuration, sidecar)]
+    if found:
+        raise ProvenanceError(
+            "\n".join(
+                [
+                    "these results were made with other settings, and Snakemake's own record of them (.snakemake/) is "
+                    "not here, so it would take them for up to date:",
+                    *sorted(found),
+                    "Set the configuration that they were made with, or delete them (python -m "
+                    "workflow_scripts.verify_results --remove, with the same --configfile) and run snakemake again.",
+                ]
+            )
+        )
+    return []
+
+
+def read_configuration(files: list[Path]) -> Configuration:
+    """config.yaml of the repository with overlays on it, as Snakemake merges them."""
+    merged: dict[str, Any] = {}
+    for path in (ROOT / "config.yaml", *files):
+        update_config(merged, yaml.safe_load(path.read_text(encoding="utf-8")))
+    return load(merged)
+
+
+def main() -> int:
+    """Print a table of what does not fit; 1 where there is anything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="results folder")
+    parser.add_argument("--configfile", type=Path, nargs="+", default=[], help="overlays that the results are of")
+    parser.add_argument("--remove", action="store_true", help="delete the outputs of every job that does not fit")
+    arguments = parser.parse_args()
+    configuration = read_configuration(arguments.configfile)
+    sidecars = sorted(arguments.folder.rglob(f"*{SUFFIX}"))
+    if not sidecars:
+        parser.error(f"{arguments.folder} holds no provenance files; is it a results folder?")
+    rows, checked, wrong = [], Counter[str](), Counter[str]()
+    for path in sidecars:
+        output = path.with_name(path.name.removesuffix(SUFFIX))
+        try:
+            sidecar = read_sidecar(output)
+            reasons = altered_outputs(output, sidecar) + other_inputs(sidecar) + other_settings(configuration, sidecar)
+            stage, names = sidecar["stage"], list(sidecar["outputs"])
+        except ProvenanceError as error:
+            reasons, stage, names = [str(error)], "?", [output.name]
+        checked[stage] += 1
+        wrong[stage] += bool(reasons)
+        rows += [(output.relative_to(arguments.folder), reason) for reason in reasons]
+        if reasons and arguments.remove:
+            for name in names:
+                (output.parent / name).unlink(missing_ok=True)
+            path.unlink()
+    counts = [(stage, number, wrong[stage]) for stage, number in checked.items()]
+    print(tabulate(counts, headers=["stage", "jobs checked", "do not fit"]))
+    if rows:
+        print("\n" + tabulate(rows, headers=["file", "why it does not fit"]))
+        remedy = (
+            "removed; run snakemake again" if arguments.remove else "add --remove to delete them, then run snakemake"
+        )
+        print(f"\n{sum(wrong.values())} of {len(sidecars)} jobs do not fit: {remedy}")
+    return int(bool(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
