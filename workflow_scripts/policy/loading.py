@@ -15,6 +15,8 @@ from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER
 from workflow_scripts.stage_configuration import ModelConfig
 
+ANOTHER_BASE = "set policy.source and what belongs to it to a Qwen2.5-VL model with weights as safetensors"
+
 
 @dataclass
 class Policy:
@@ -40,7 +42,7 @@ def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
     """
     folder = base_path(manifest)
     size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
-    with _loading(folder):
+    with _loading(folder, ANOTHER_BASE):
         return AutoProcessor.from_pretrained(folder, size=size, padding_side="left", trust_remote_code=False)
 
 
@@ -54,7 +56,7 @@ def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
     """
     torch.set_num_threads(config.numeric_threads)
     folder = base_path(manifest)
-    with _loading(folder):
+    with _loading(folder, ANOTHER_BASE):
         model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
         )
@@ -77,7 +79,7 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
     if adapter is not None:
         if not (adapter / "adapter_model.safetensors").is_file():  # PEFT would go on to a pickle, or to the Hub
             raise PolicyError(f"{adapter} holds no adapter_model.safetensors; train the adapter again")
-        with _loading(adapter):
+        with _loading(adapter, "train the adapter again"):
             model = PeftModel.from_pretrained(model, adapter).eval()
         if config.dtype == "float32":
             model = model.merge_and_unload()
@@ -85,13 +87,13 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
 
 
 @contextlib.contextmanager
-def _loading(folder: Path) -> Iterator[None]:
+def _loading(folder: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())  # of a wrong shape in every layer the first few
         raise PolicyError(
-            f"{folder} cannot be loaded without running code of its own ({type(error).__name__}: {error}); "
-            "set `policy` to a Qwen2.5-VL model with weights as safetensors, or train the adapter again"
+            f"{folder} cannot be loaded, and code of its own is not run ({told:.400}); {remedy}"
         ) from error
 
 

@@ -45,7 +45,7 @@ def _read_train(path: Path) -> Iterator[dict[str, Any]]:
     for where, row in json_rows(path):
         names = image_names(row, where)
         preference = row.get("human_preference")
-        if len(set(names)) != 2 or preference not in ([0, 1], [1, 0]):
+        if len(names) != 2 or names[0] == names[1] or preference not in ([0, 1], [1, 0]):
             raise SchemaError(
                 f"{where}: needs two images and human_preference [0, 1] or [1, 0], got {reprlib.repr(row)}"
             )
