@@ -24,7 +24,14 @@ from workflow_scripts.preferences.schema import SUBSET, read_images, write_image
 from workflow_scripts.provenance import ROOT, described, sidecar_path, write_json
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item
-from workflow_scripts.stage_configuration import GenerateRollouts, ReadAnnotations, ReadImages, TrainGrpo
+from workflow_scripts.stage_configuration import (
+    GenerateRollouts,
+    MeasureAccuracy,
+    ReadAnnotations,
+    ReadImages,
+    ScoreRollouts,
+    TrainGrpo,
+)
 from workflow_scripts.train_grpo import image_reader
 
 SHORT = {"max_thinking_tokens": 4, "max_answer_tokens": 4}
@@ -230,6 +237,28 @@ def test_rollouts_of_odd_prompts(
     assert sidecar["warnings"] == [
         f"{left_out} of {total} questions are longer than the policy's context and are left out, such as long"
     ]
+    # On to the accuracies: the tied prompt and the one of a single image have no pair that counts.
+    (tmp_path / "dataset.json").write_text(json.dumps({"source": "hub", "revision": "x", "files": {}}))
+    run_main(
+        "score_rollouts",
+        ScoreRollouts.of(configuration, track, "zeroshot", "imagereward", 0),
+        positional=(with_sidecar(tmp_path / "rollouts.parquet"),),
+        output=tmp_path / "scores.parquet",
+    )
+    run_main(
+        "measure_accuracy",
+        MeasureAccuracy.of(configuration, track, "zeroshot", "imagereward", 0),
+        scores=tmp_path / "scores.parquet",
+        subset=inputs["subset"],
+        dataset_record=with_sidecar(tmp_path / "dataset.json"),
+        output=tmp_path / "accuracy.json",
+        prompts=tmp_path / "prompts.parquet",
+    )
+    record = json.loads((tmp_path / "accuracy.json").read_text())
+    assert record["prompts"] == len(judged)
+    rules = {"method": "soft", "tie": "wrong", "label_tie": "dropped", "missing": "wrong"}
+    # Five prompts of three pairs each.
+    assert {cell["pairs"] for cell in record["cells"] if rules.items() <= cell.items()} == {15.0}
 
 
 def test_training_on_odd_prompts(base_manifest: Path, run_main: Any, with_sidecar: Any, tmp_path: Path) -> None:
