@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
-from workflow_scripts.provenance import described, sidecar_path, write_json
+from workflow_scripts.provenance import ROOT, described, sidecar_path, write_json
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the checkout
@@ -23,7 +24,8 @@ os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the che
 def base_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the manifest of the bundled policy."""
     path = tmp_path_factory.mktemp("base") / "manifest.json"
-    path.write_text(json.dumps({"path": "models/tiny-qwen2.5-vl", "repository": None}))
+    files = model_files(ROOT / "models/tiny-qwen2.5-vl")
+    path.write_text(json.dumps({"path": "models/tiny-qwen2.5-vl", "repository": None, "files": files}))
     return path
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, Self, get_args
 
 from pydantic import ValidationError
@@ -32,6 +33,7 @@ class StageArguments(BaseSettings):
     @classmethod
     def parse(cls, arguments: list[str] | None = None) -> Self:
         """Parse the command line; unknown options and wrong values end it with a usage message."""
+        sys.excepthook = tell_briefly
         try:
             return CliApp.run(cls, cli_args=sys.argv[1:] if arguments is None else arguments)
         except ValidationError as error:
@@ -54,6 +56,17 @@ class StageArguments(BaseSettings):
             if role in _marks(field) and value:
                 found[name] = list(value) if isinstance(value, list) else [value]
         return found
+
+
+def tell_briefly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say an error of the project's own kinds in one line: its message names file and remedy, the traceback hides it.
+
+    The traceback is attached to the stage's MLflow run; an error of any other kind is printed with it here.
+    """
+    if kind.__module__.split(".")[0] == __package__:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _marks(kind: object) -> list[object]:

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 
 from workflow_scripts.command_line import Output, StageArguments
 from workflow_scripts.configuration import Hpdv2Hub, ImageRewardHub
-from workflow_scripts.provenance import described, write_json
+from workflow_scripts.provenance import ProvenanceError, described, write_json
 from workflow_scripts.stage_configuration import DownloadDataset
 from workflow_scripts.tracking import run_stage
 
@@ -41,7 +41,7 @@ def main() -> None:
         damaged = {mismatch["path"] for mismatch in checked.mismatches}
         wrong = [name for name in files if name in damaged or not (folder / name).is_file()]
         if wrong:
-            raise ValueError(
+            raise ProvenanceError(
                 f"{hub.repository} at {commit}: {wrong} in {folder} are missing or differ from the Hub's checksums; "
                 "delete them and run snakemake again, or check repository and revision"
             )

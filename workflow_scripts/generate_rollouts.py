@@ -9,14 +9,14 @@ python -m workflow_scripts.generate_rollouts --base results/policies/base/manife
 Without `--adapter` the base policy answers (zero-shot).
 """
 
-import io
 import time
 
-from PIL import Image
-
 from workflow_scripts.command_line import Input, Output, StageArguments
-from workflow_scripts.policy.loading import PolicyError, load_policy
+from workflow_scripts.policy.loading import load_policy
+from workflow_scripts.policy.manifest import PolicyError
+from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
+from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import write_rollouts
 from workflow_scripts.rollouts.transformers_engine import generate
@@ -51,21 +51,27 @@ def main() -> None:
             base = run.inputs[str(arguments.base)]["outputs"][arguments.base.name]["sha256"]
             if base not in trained_on:
                 raise PolicyError(
-                    f"{arguments.adapter} was trained on another base policy than {arguments.base}; train it again"
+                    f"{arguments.adapter} was trained on another base policy than {arguments.base} (SHA-256 {base}); "
+                    "train it again, or set `policy` to the one it was trained on"
                 )
         rows = [
             row
             for row in read_table(arguments.subset, SUBSET).to_pylist()
             if config.start <= row["position"] < config.stop
         ]
-        images: dict[str, Image.Image] = {
-            row["image_id"]: Image.open(io.BytesIO(row["bytes"])) for row in read_images([arguments.images])
-        }
+        images = {row["image_id"]: decoded(row["bytes"]) for row in read_images([arguments.images])}
         if config.model.protocol == "pointwise":
             items = pointwise_items(rows, set(images))
         else:
             items = anchor_items(rows, set(images), config.seed, config.both_orders)
         policy = load_policy(arguments.base, arguments.adapter and arguments.adapter.parent, config.model)
+        long = too_long(policy, items, {name: image.size for name, image in images.items()}, config.sampling)
+        if long:
+            run.warn(
+                f"{len(long)} of {len(items)} questions are longer than the policy's context and are left out, "
+                f"such as {min(item.prompt_id for item in long)}"
+            )
+            items = [item for item in items if item not in long]
         started = time.perf_counter()
         rollouts = list(
             generate(

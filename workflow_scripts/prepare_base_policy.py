@@ -10,11 +10,10 @@ import huggingface_hub
 from filelock import FileLock
 
 from workflow_scripts.command_line import Input, Output, StageArguments
-from workflow_scripts.provenance import ROOT, file_digest, write_json
+from workflow_scripts.policy.manifest import NEEDED, model_files
+from workflow_scripts.provenance import ROOT, write_json
 from workflow_scripts.stage_configuration import PrepareBasePolicy
 from workflow_scripts.tracking import run_stage
-
-NEEDED = ("*.json", "*.jinja", "*.txt", "*.safetensors")
 
 
 class Arguments(StageArguments):
@@ -46,11 +45,7 @@ def main() -> None:
             folder = arguments.cold_start.parent.resolve()
         else:
             folder = ROOT / str(config.bundled)
-        files = sorted(path for pattern in NEEDED for path in folder.glob(pattern) if "provenance" not in path.name)
-        if not any(path.suffix == ".safetensors" for path in files):
-            raise FileNotFoundError(
-                f"{folder} holds no *.safetensors; set policy.source or policy.bundled to a model folder"
-            )
+        files = model_files(folder)
         inside = folder.is_relative_to(ROOT)
         write_json(
             arguments.manifest,
@@ -59,10 +54,10 @@ def main() -> None:
                 "repository": config.hub.repository if config.hub else None,
                 "revision": revision,
                 "path": str(folder.relative_to(ROOT) if inside else folder),
-                "files": {path.name: file_digest(path) for path in files},
+                "files": files,
             },
         )
-        run.metrics({"megabytes": sum(path.stat().st_size for path in files) / 1e6})
+        run.metrics({"megabytes": sum((folder / name).stat().st_size for name in files) / 1e6})
 
 
 if __name__ == "__main__":

@@ -146,14 +146,19 @@ def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
     """Digest of a file, checked against its record (unread where size and modification time are as recorded).
 
     Raises:
-        ProvenanceError: the content differs from the record.
+        ProvenanceError: the file is missing, or its content differs from the record.
     """
+    if not path.is_file():
+        raise ProvenanceError(
+            f"{path} is missing (see {recorded_in}); delete {recorded_in} and run snakemake again to make both anew"
+        )
     status = path.stat()
     if (status.st_size, status.st_mtime_ns) != (record["bytes"], record["mtime_ns"]) and (
         status.st_size != record["bytes"] or file_digest(path) != record["sha256"]
     ):
         raise ProvenanceError(
-            f"{path} is not what its stage wrote (see {recorded_in}); delete it and run snakemake again to make it anew"
+            f"{path} is not what its stage wrote (see {recorded_in}); "
+            "delete both and run snakemake again to make them anew"
         )
     return str(record["sha256"])
 

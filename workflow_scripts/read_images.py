@@ -6,18 +6,19 @@ python -m workflow_scripts.read_images --record results/downloads/imagereward/da
     --listing results/datasets/imagereward/test/images-0000.json \
     --config '{"dataset": "imagereward", "split": "test", "shard": 0, "start": 0, "stop": 500}'
 
-Images that cannot be decoded are left out and listed.
+Images that cannot be decoded, or not be shown to the policy, are left out and listed with the reason.
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts.command_line import Input, Output, StageArguments
-from workflow_scripts.preferences.archives import UnreadableImageError, decoded_size, iter_images
-from workflow_scripts.preferences.schema import SUBSET, read_table, write_images
+from workflow_scripts.preferences.archives import ArchiveError, iter_images
+from workflow_scripts.preferences.images import UnreadableImageError, decoded
+from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_table, write_images
 from workflow_scripts.provenance import check_file, write_json
 from workflow_scripts.stage_configuration import ReadImages
 from workflow_scripts.tracking import run_stage
@@ -48,16 +49,22 @@ def main() -> None:
             if row["position"] >= config.start and (config.stop is None or row["position"] < config.stop):
                 for image_id, archive in zip(row["image_ids"], row["archives"], strict=True):
                     wanted[archive].add(image_id)
+        times = Counter(name for names in wanted.values() for name in names)
+        if twice := [name for name, number in times.items() if number > 1]:
+            raise SchemaError(
+                f"{arguments.subset}: image {twice[0]} is listed in two archives, and images are known by their names "
+                "alone; use another revision of the data set"
+            )
         files = json.loads(arguments.record.read_text(encoding="utf-8"))["files"]
         for archive in wanted:
             check_file(arguments.record.parent / archive, files[archive], arguments.record)
 
         unreadable: dict[str, str] = {}
         read = write_images(arguments.output, stream_images(arguments.record.parent, wanted, unreadable))
-        everything = set().union(*wanted.values())
+        everything = set(times)
         missing = sorted(everything - read - unreadable.keys())
         if 2 * len(read) < len(everything):
-            raise ValueError(
+            raise ArchiveError(
                 f"only {len(read)} of {len(everything)} images can be read ({len(unreadable)} unreadable, "
                 f"{len(missing)} missing, such as {[*unreadable.items(), *missing][:3]}); "
                 f"make {arguments.record} and its files anew"
@@ -74,11 +81,13 @@ def stream_images(folder: Path, wanted: dict[str, set[str]], unreadable: dict[st
     for archive in sorted(wanted):
         for image_id, data in iter_images(folder / archive, wanted[archive]):
             try:
-                width, height = decoded_size(data)
+                if isinstance(data, UnreadableImageError):
+                    raise data
+                image = decoded(data)
             except UnreadableImageError as error:
                 unreadable[image_id] = str(error)
             else:
-                yield {"image_id": image_id, "bytes": data, "width": width, "height": height}
+                yield {"image_id": image_id, "bytes": data, "width": image.width, "height": image.height}
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def main() -> None:
     with run_stage(arguments) as run:
         config = arguments.config
         if config.drop_overlap and not arguments.test_preferences:
-            raise ValueError("drop_overlap needs --test_preferences; give it or set drop_overlap to false")
+            raise subsampling.SubsamplingError(
+                "drop_overlap needs --test_preferences; give it or set drop_overlap to false"
+            )
         table = read_table(arguments.preferences, PREFERENCES)
         texts = normalised_texts(table)
         others = [path for path in (arguments.test_preferences, arguments.train_preferences) if path]

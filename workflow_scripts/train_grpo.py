@@ -13,7 +13,6 @@ python -m workflow_scripts.train_grpo --base results/policies/base/manifest.json
 The run goes on from its last complete checkpoint in `<checkpoints>/<stage_key>` after a kill.
 """
 
-import io
 import json
 import math
 import shutil
@@ -35,9 +34,11 @@ from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.configuration import Sampling, Training
 from workflow_scripts.policy.loading import as_policy, load_model, load_processor
 from workflow_scripts.policy.prompts import ANSWERS, messages
-from workflow_scripts.preferences.schema import IMAGES, SUBSET, read_table
+from workflow_scripts.preferences.images import decoded
+from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, check_schema, read_table
 from workflow_scripts.provenance import replacing, write_json
 from workflow_scripts.rewards import approximate_reward, exact_reward, format_reward
+from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item, stable_random
 from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.scoring.pair_accuracy import expected_answer, pair_accuracy
@@ -93,17 +94,16 @@ def training_items(rows: list[dict[str, Any]], readable: set[str], protocol: str
     return items
 
 
-def image_reader(path: Path, cache: Path) -> tuple[set[str], Callable[[str], Image.Image]]:
-    """Names of the images of a file and a function that decodes one; memory-mapped, so any number fits."""
+def image_reader(path: Path, cache: Path) -> tuple[dict[str, tuple[int, int]], Callable[[str], Image.Image]]:
+    """Width and height of the images of a file and a function that decodes one; memory-mapped, so any number fits."""
+    check_schema(path, IMAGES)
     table = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache), keep_in_memory=False)
-    if table.column_names != IMAGES.names:
-        raise ValueError(f"{path} is not an images table; delete it and run snakemake again")
     row_of = {name: row for row, name in enumerate(table["image_id"])}
 
     def read(name: str) -> Image.Image:
-        return Image.open(io.BytesIO(table[row_of[name]]["bytes"])).convert("RGB")
+        return decoded(table[row_of[name]]["bytes"])
 
-    return set(row_of), read
+    return dict(zip(row_of, zip(table["width"], table["height"], strict=True), strict=True)), read
 
 
 def soft_pair_accuracy(rollouts: list[dict[str, Any]], rows: list[dict[str, Any]], config: TrainGrpo) -> float:
@@ -240,13 +240,32 @@ def main() -> None:
         answers = ANSWERS[config.model.protocol]
         subsets = {"train": arguments.train, "validation": arguments.validation}
         rows = {split: read_table(path, SUBSET).to_pylist() for split, path in subsets.items()}
-        readable, read_image = {}, {}
+        sizes, read_image = {}, {}
         for split, path in {"train": arguments.train_images, "validation": arguments.validation_images}.items():
-            readable[split], read_image[split] = image_reader(path, folder / "images")
-        items = training_items(rows["train"], readable["train"], config.model.protocol, config.seed)
+            sizes[split], read_image[split] = image_reader(path, folder / "images")
+        processor, base = load_processor(arguments.base, config.model), load_model(arguments.base, config.model)
+        # Every key is given: a default that changed elsewhere must not change which adapter is kept.
+        sampling = Sampling(
+            temperature=t.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_thinking_tokens=t.max_completion_tokens,
+            max_answer_tokens=4,
+        )
+        usable = {}
+        for split in subsets:
+            found = training_items(rows[split], set(sizes[split]), config.model.protocol, config.seed)
+            questions = [item for item, _ in found]
+            long = too_long(as_policy(base, processor, config.model), questions, sizes[split], sampling)
+            if long:
+                run.warn(
+                    f"{len(long)} of {len(found)} {split} questions are longer than the policy's context and are left "
+                    f"out, such as {min(item.prompt_id for item in long)}"
+                )
+            usable[split] = [(item, target) for item, target in found if item not in long]
+        items, validation = usable["train"], usable["validation"]
         if not items:
-            raise ValueError(f"{arguments.train}: nothing to train on; check the subset and its images")
-        validation = training_items(rows["validation"], readable["validation"], config.model.protocol, config.seed)
+            raise SchemaError(f"{arguments.train}: nothing to train on; check the subset and its images")
         run.metrics({"training_items": len(items), "validation_items": len(validation)})
 
         def example(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
@@ -273,14 +292,7 @@ def main() -> None:
                     {name: read_image["validation"](name) for item, _ in validation for name in item.image_ids},
                     rollouts=t.validation_rollouts,
                     first_k=0,
-                    # Every key is given: a default that changed elsewhere must not change which adapter is kept.
-                    sampling=Sampling(
-                        temperature=t.temperature,
-                        top_p=1.0,
-                        top_k=0,
-                        max_thinking_tokens=t.max_completion_tokens,
-                        max_answer_tokens=4,
-                    ),
+                    sampling=sampling,
                     batch_items=t.prompts_per_step * t.group_size // 2,
                     seed=f"validation {config.seed}",
                 )
@@ -293,7 +305,6 @@ def main() -> None:
                 **{f"eval_answer_share/{answer}": counts[str(answer)] / len(rollouts) for answer in (*answers, None)},
             }
 
-        processor = load_processor(arguments.base, config.model)
         lora = LoraConfig(
             r=t.lora.rank,
             lora_alpha=t.lora.alpha,
@@ -304,7 +315,7 @@ def main() -> None:
         checkpoint = last_complete_checkpoint(folder)
         table = datasets.Dataset.from_dict({"item": list(range(len(items)))}).with_transform(example)
         trainer = ValidatingTrainer(
-            model=load_model(arguments.base, config.model),
+            model=base,
             processing_class=processor,
             reward_funcs=[trl_reward(name) for name in type(t.rewards).model_fields],
             args=grpo_config(config, folder, resumed=checkpoint is not None),
@@ -317,7 +328,7 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
         if trainer.state.best_model_checkpoint is None:
-            raise ValueError(
+            raise SchemaError(
                 f"{arguments.validation}: no validation pair could be judged (all tied, or no image readable); "
                 "raise validation_prompts"
             )

@@ -14,14 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from workflow_scripts.configuration import Configuration
-from workflow_scripts.policy.loading import (
-    PolicyError,
-    answer_token_ids,
-    base_path,
-    load_model,
-    load_policy,
-    load_processor,
-)
+from workflow_scripts.policy.loading import answer_token_ids, load_model, load_policy, load_processor
+from workflow_scripts.policy.manifest import PolicyError, base_path, model_files
 from workflow_scripts.policy.prompts import ANSWERS, messages
 from workflow_scripts.policy.tiny_qwen import TAGS
 from workflow_scripts.provenance import ROOT
@@ -69,11 +63,18 @@ def test_a_tokenizer_without_tags_of_its_own_will_do() -> None:
     assert tokenizer.convert_ids_to_tokens(ids) == ["0", "1"]
 
 
+def write_manifest(manifest: Path, path: str) -> Path:
+    """Write the manifest of a model folder."""
+    manifest.write_text(json.dumps({"path": path, "repository": None, "files": model_files(ROOT / path)}))
+    base_path.cache_clear()
+    return manifest
+
+
 def test_paths_of_a_manifest_are_relative_to_the_repository(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.json"
-    for path, expected in (("models/x", ROOT / "models/x"), (str(tmp_path), tmp_path)):
-        manifest.write_text(json.dumps({"path": path}))
-        assert base_path(manifest) == expected
+    for path in ("models/tiny-qwen2.5-vl", str(ROOT / "models/tiny-qwen2.5-vl")):
+        write_manifest(manifest, path)
+        assert base_path(manifest) == ROOT / "models/tiny-qwen2.5-vl"
 
 
 def test_sampling_settings_of_the_model_are_ignored(base_manifest: Path, tmp_path: Path) -> None:
@@ -83,8 +84,7 @@ def test_sampling_settings_of_the_model_are_ignored(base_manifest: Path, tmp_pat
     loud = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.05}
     changed = settings | loud | {"eos_token_id": ends, "max_new_tokens": 1}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(changed))
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps({"path": str(tmp_path / "model")}))
+    manifest = write_manifest(tmp_path / "manifest.json", str(tmp_path / "model"))
     kept = load_model(manifest, POINTWISE).generation_config
     assert kept.eos_token_id == ends
     plain = type(kept)()

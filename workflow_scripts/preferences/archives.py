@@ -1,21 +1,29 @@
-"""Images out of the published archives: streamed, nothing is unpacked to disk, and only wanted images are read."""
+"""Images out of the published archives: streamed, nothing is unpacked to disk, and only wanted images are read.
 
-import io
+Members are known by their base name, and none is ever written: what folder a name claims to be in has no effect.
+"""
+
+import struct
 import tarfile
-import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import IO
 
-from PIL import Image
+from workflow_scripts.preferences.images import UnreadableImageError
+
+LARGEST_MEMBER = 2**26  # bytes, 64 MiB; published images have some hundred thousand, and a bomb has any number
+
+DAMAGE_OF_A_MEMBER = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, struct.error)
+DAMAGE = (*DAMAGE_OF_A_MEMBER, OSError, LookupError, OverflowError, TypeError, tarfile.TarError)
 
 
-class UnreadableImageError(ValueError):
-    """An image that cannot be decoded completely; says why."""
+class ArchiveError(ValueError):
+    """An archive that cannot be read: names the file and the remedy."""
 
 
-def iter_images(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+def iter_images(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | UnreadableImageError]]:
     """Stream wanted images of a .zip or .tar.gz archive, in the order of the archive.
 
     Args:
@@ -23,55 +31,70 @@ def iter_images(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
         wanted: base names of the images; a name that the archive holds twice is read once.
 
     Yields:
-        Base name and encoded bytes; no bytes for a member that the archive holds damaged.
+        Base name and encoded bytes, or the reason why there are none.
+
+    Raises:
+        ArchiveError: the file is no such archive, or is damaged before all wanted images were read.
     """
     members = _zip_members(archive, wanted) if archive.suffix == ".zip" else _tar_members(archive, wanted)
     missing = set(wanted)
-    for name, data in members:
-        if name in missing:
-            missing.remove(name)
-            yield name, data
-        if not missing:
-            return
+    try:
+        for name, data in members:
+            if name in missing:
+                missing.remove(name)
+                yield name, data
+            if not missing:
+                return
+    except DAMAGE as error:
+        raise _archive_error(archive, error) from error
 
 
-def _zip_members(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+def member_names(archive: Path) -> list[str]:
+    """Names of the members of a zip archive.
+
+    Raises:
+        ArchiveError: the file is no zip archive.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return file.namelist()
+    except DAMAGE as error:
+        raise _archive_error(archive, error) from error
+
+
+def _archive_error(archive: Path, error: Exception) -> ArchiveError:
+    return ArchiveError(
+        f"{archive} is no complete {'zip' if archive.suffix == '.zip' else 'tar.gz'} archive "
+        f"({type(error).__name__}: {error}); delete it and the dataset.json of its data set, and run snakemake again; "
+        "if it is published like this, use another revision of the data set"
+    )
+
+
+def _zip_members(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | UnreadableImageError]]:
     with zipfile.ZipFile(archive) as file:
         for member in file.infolist():
             name = PurePosixPath(member.filename).name
             if name in wanted and not member.is_dir():
                 try:
-                    yield name, file.read(member)
-                except (zipfile.BadZipFile, zlib.error):  # checksum or compressed stream of this member only
-                    yield name, b""
+                    with file.open(member) as content:
+                        yield name, _bounded(content)
+                except DAMAGE_OF_A_MEMBER as error:  # checksum, header or compressed stream of this member only
+                    yield name, UnreadableImageError(f"{type(error).__name__}: {error}")
 
 
-def _tar_members(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+def _tar_members(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | UnreadableImageError]]:
     with tarfile.open(archive, "r|gz") as file:
         for member in file:
             name = PurePosixPath(member.name).name
             if name in wanted and member.isfile():
                 content = file.extractfile(member)
                 assert content is not None  # a regular file
-                yield name, content.read()
+                yield name, _bounded(content)
             file.members = []  # type: ignore[attr-defined]  # 400,000 of them must not pile up
 
 
-def decoded_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels of an image that decodes completely.
-
-    Raises:
-        UnreadableImageError: the image is empty, cut off, damaged, of no known format, or too large to be honest.
-    """
-    if not data:
-        raise UnreadableImageError("empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                image.verify()
-            with Image.open(io.BytesIO(data)) as image:  # verify() leaves the image unusable
-                image.load()
-                return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from None
+def _bounded(content: IO[bytes]) -> bytes | UnreadableImageError:
+    data = content.read(LARGEST_MEMBER + 1)
+    if len(data) > LARGEST_MEMBER:
+        return UnreadableImageError(f"holds more than {LARGEST_MEMBER} bytes")
+    return data

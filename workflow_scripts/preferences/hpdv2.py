@@ -5,16 +5,21 @@ list is called image_path or file_path, an annotator's ranks annotation or rank.
 """
 
 import json
+import re
+import reprlib
 import sys
 from collections.abc import Iterator
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import ijson
-
 from workflow_scripts.configuration import Split
-from workflow_scripts.preferences.schema import SchemaError
+from workflow_scripts.preferences.schema import SchemaError, image_name, text
+
+LONGEST_ROW = 2**20  # characters; published rows have some hundred to some thousand
+READ_AHEAD = 4 * LONGEST_ROW
+
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def annotation_file(split: Split) -> str:
@@ -37,32 +42,82 @@ def read_preferences(folder: Path, split: Split) -> Iterator[dict[str, Any]]:
 def _read_train(path: Path) -> Iterator[dict[str, Any]]:
     """One row for each prompt text with all its pairs, in order of first occurrence: train.json has no prompt ids."""
     prompts: dict[str, tuple[list[str], list[tuple[str, str, int]]]] = {}
-    with path.open("rb") as file:
-        for number, row in enumerate(ijson.items(file, "item")):
-            where = f"{path}, row {number}"
-            names = image_names(row, where)
-            preference = row.get("human_preference")
-            if len(names) != 2 or preference not in ([0, 1], [1, 0]):
-                raise SchemaError(f"{where}: needs two images and human_preference [0, 1] or [1, 0], got {row}")
-            images, pairs = prompts.setdefault(required(row, "prompt", where), ([], []))
-            images += [name for name in names if name not in images]
-            pairs.append((*names, int(preference[1])))  # type: ignore[arg-type]
-    for text, (images, pairs) in prompts.items():
-        yield canonical_row(f"train-{text_digest(text)}", text, images, "train.tar.gz") | {
+    for where, row in json_rows(path):
+        names = image_names(row, where)
+        preference = row.get("human_preference")
+        if len(names) != 2 or names[0] == names[1] or preference not in ([0, 1], [1, 0]):
+            raise SchemaError(
+                f"{where}: needs two images and human_preference [0, 1] or [1, 0], got {reprlib.repr(row)}"
+            )
+        images, pairs = prompts.setdefault(text(required(row, "prompt", where), "prompt", where), ([], []))
+        images += [name for name in names if name not in images]
+        pairs.append((*names, int(preference[1])))  # type: ignore[arg-type]
+    for prompt, (images, pairs) in prompts.items():
+        yield canonical_row(f"train-{text_digest(prompt)}", prompt, images, "train.tar.gz") | {
             "pairs": [{"a": a, "b": b, "preferred": preferred} for a, b, preferred in pairs]
         }
 
 
 def _read_test(path: Path) -> Iterator[dict[str, Any]]:
     """One row for each row of test.json: two rows may have the same prompt text."""
-    for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-        where = f"{path}, row {number}"
-        text, names = required(row, "prompt", where), image_names(row, where)
-        raw = [a.get("annotation", a.get("rank")) for a in required(row, "raw_annotations", where)]
-        yield canonical_row(f"test-{number:04d}-{text_digest(text)}", text, names, "test.tar.gz") | {
+    for number, (where, row) in enumerate(json_rows(path)):
+        prompt, names = text(required(row, "prompt", where), "prompt", where), image_names(row, where)
+        raw = required(row, "raw_annotations", where)
+        if not isinstance(raw, list) or not all(isinstance(annotation, dict) for annotation in raw):
+            raise SchemaError(f"{where}: raw_annotations must be a list of objects, got {reprlib.repr(raw)}")
+        raw = [annotation.get("annotation", annotation.get("rank")) for annotation in raw]
+        yield canonical_row(f"test-{number:04d}-{text_digest(prompt)}", prompt, names, "test.tar.gz") | {
             "ranks": ranks_from_one(row.get("rank"), where),
             "annotations": [ranks_from_one(ranks, where) for ranks in raw],
         }
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream a JSON list of objects: where each stands, for messages, and the object.
+
+    Raises:
+        SchemaError: the file is no such list, is cut off or damaged, or an object is longer than LONGEST_ROW.
+    """
+    number = -1
+    try:
+        for number, row in enumerate(_json_objects(path)):
+            yield f"{path}, row {number}", row
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(
+            f"{path} is no complete JSON list of objects: {getattr(error, 'msg', error)}, after {number + 1} rows; "
+            "delete it and the dataset.json beside it and run snakemake again"
+        ) from None
+
+
+def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
+    # Not with ijson: a number of 5,000 digits makes it crash the interpreter, deep nesting takes all memory.
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8") as file:
+        buffer = file.read(READ_AHEAD)
+        at = _after_space(buffer, 0)
+        if buffer[at : at + 1] != "[":
+            raise ValueError("it does not begin with [")
+        at = _after_space(buffer, at + 1)
+        more = buffer[at : at + 1] != "]"
+        while more:
+            if len(buffer) - at < LONGEST_ROW:
+                buffer, at = buffer[at:] + file.read(READ_AHEAD), 0
+            if buffer[at : at + 1] != "{":
+                raise ValueError(f"no object but {reprlib.repr(buffer[at : at + 80])}")
+            row, at = decoder.raw_decode(buffer, at)
+            yield row
+            at = _after_space(buffer, at)
+            more = buffer[at : at + 1] == ","
+            if more:
+                at = _after_space(buffer, at + 1)
+        if buffer[at : at + 1] != "]" or buffer[_after_space(buffer, at + 1) :] or file.read(1):
+            raise ValueError("it does not end with ]")
+
+
+def _after_space(buffer: str, at: int) -> int:
+    match = _SPACE.match(buffer, at)
+    assert match is not None  # the pattern matches nothing, too
+    return match.end()
 
 
 def canonical_row(prompt_id: str, prompt: str, image_ids: list[str], archive: str) -> dict[str, Any]:
@@ -79,14 +134,20 @@ def required(row: dict[str, Any], key: str, where: str) -> Any:
         SchemaError: the key is missing.
     """
     if key not in row:
-        raise SchemaError(f"{where}: key {key} is missing; the keys are {', '.join(row)}")
+        raise SchemaError(f"{where}: key {key} is missing; the keys are {reprlib.repr(list(row))}")
     return row[key]
 
 
 def image_names(row: dict[str, Any], where: str) -> list[str]:
-    """Base names of a row's images, each name one string object however often it occurs."""
+    """Base names of a row's images, each name one string object however often it occurs.
+
+    Raises:
+        SchemaError: there is no list of paths.
+    """
     paths = row["file_path"] if "file_path" in row else required(row, "image_path", where)
-    return [sys.intern(PurePosixPath(path).name) for path in paths]
+    if not isinstance(paths, list):
+        raise SchemaError(f"{where}: image_path must be a list, got {reprlib.repr(paths)}")
+    return [sys.intern(image_name(path, where)) for path in paths]
 
 
 def ranks_from_one(ranks: object, where: str) -> list[int]:
@@ -101,7 +162,7 @@ def ranks_from_one(ranks: object, where: str) -> list[int]:
         or any(type(rank) is not int for rank in ranks)
         or min(ranks) not in (0, 1)
     ):
-        raise SchemaError(f"{where}: ranks must be whole numbers from 0 or 1, got {ranks}")
+        raise SchemaError(f"{where}: ranks must be whole numbers from 0 or 1, got {reprlib.repr(ranks)}")
     return [rank + 1 - min(ranks) for rank in ranks]
 
 

@@ -4,7 +4,6 @@ Facts about the layout: data set card and loading script of zai-org/ImageRewardD
 """
 
 import logging
-import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from workflow_scripts.configuration import Split
-from workflow_scripts.preferences.schema import SchemaError
+from workflow_scripts.preferences.archives import member_names
+from workflow_scripts.preferences.schema import SchemaError, image_name, reading_parquet, text, whole_number
 
 log = logging.getLogger("softpref")
 
@@ -41,33 +41,31 @@ def read_preferences(folder: Path, split: Split, files: Collection[str]) -> Iter
         files: downloaded files relative to `folder`.
 
     Raises:
-        SchemaError: a column is missing, or rows of one image or one prompt contradict each other.
+        SchemaError: the file cannot be read, a column is missing, a value is of another type, or rows of one image or
+            one prompt contradict each other.
+        ArchiveError: an archive whose list of images is needed cannot be read.
     """
     path = folder / annotation_file(split)
-    missing = [name for name in COLUMNS if name not in pq.read_schema(path).names]
-    if missing:
-        raise SchemaError(f"{path}: column {missing[0]} is missing; is this ImageRewardDB's metadata of {split}?")
     prompts: dict[str, dict[str, dict[str, Any]]] = {}
     repeated = absent = 0
     listed: dict[str, str] = {}
-    for batch in pq.ParquetFile(path).iter_batches(columns=COLUMNS):
-        for row in batch.to_pylist():
-            images = prompts.setdefault(row["prompt_id"], {})
-            name = PurePosixPath(row["image_path"]).name
-            archive = f"{PurePosixPath(row['image_path']).parent}.zip"
-            if archive not in files:
-                listed = listed or archive_of_images(folder, split, files)
-                archive = listed.get(name, "")
-            if not archive:
-                absent += 1
-                continue
-            entry = {**row, "archive": archive}
-            repeated += name in images
-            if images.setdefault(name, entry) != entry or row["prompt"] != next(iter(images.values()))["prompt"]:
-                raise SchemaError(
-                    f"{path}: rows of prompt_id {row['prompt_id']} contradict each other at image {name}; "
-                    "use another revision of the data set (datasets.imagereward.hub.revision)"
-                )
+    for row in _metadata(path, split):
+        images = prompts.setdefault(row["prompt_id"], {})
+        name = row["image"]
+        archive = f"{row.pop('folder')}.zip"
+        if archive not in files:
+            listed = listed or archive_of_images(folder, split, files)
+            archive = listed.get(name, "")
+        if not archive:
+            absent += 1
+            continue
+        entry = {**row, "archive": archive}
+        repeated += name in images
+        if images.setdefault(name, entry) != entry or row["prompt"] != next(iter(images.values()))["prompt"]:
+            raise SchemaError(
+                f"{path}: rows of prompt_id {row['prompt_id']} contradict each other at image {name}; "
+                "use another revision of the data set (datasets.imagereward.hub.revision)"
+            )
     if repeated or absent:
         log.info("%s: left out %d repeated rows and %d of archives not downloaded", path.name, repeated, absent)
     for prompt_id, images in prompts.items():
@@ -86,11 +84,33 @@ def read_preferences(folder: Path, split: Split, files: Collection[str]) -> Iter
         }
 
 
+def _metadata(path: Path, split: Split) -> Iterator[dict[str, Any]]:
+    """Rows of the metadata, every value of its type."""
+    with reading_parquet(path):
+        names = pq.read_schema(path).names
+    missing = [name for name in COLUMNS if name not in names]
+    if missing:
+        raise SchemaError(f"{path}: column {missing[0]} is missing; is this ImageRewardDB's metadata of {split}?")
+    for number, row in enumerate(_rows(path)):
+        where = f"{path}, row {number}"
+        yield {
+            "image": image_name(row["image_path"], where),
+            "folder": str(PurePosixPath(row["image_path"]).parent),
+            **{name: text(row[name], name, where) for name in ("prompt_id", "prompt")},
+            **{name: whole_number(row[name], name, where) for name in ("rank", *RATINGS)},
+        }
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with reading_parquet(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=COLUMNS):
+            yield from batch.to_pylist()
+
+
 def archive_of_images(folder: Path, split: Split, files: Collection[str]) -> dict[str, str]:
     """Archive of each image by the archives' own lists, for metadata whose paths do not name it."""
     archives = [name for name in sorted(files) if name.startswith(f"images/{split}/") and name.endswith(".zip")]
     found: dict[str, str] = {}
     for name in archives:
-        with zipfile.ZipFile(folder / name) as archive:
-            found |= {PurePosixPath(member).name: name for member in archive.namelist()}
+        found |= {PurePosixPath(member).name: name for member in member_names(folder / name)}
     return found

@@ -4,10 +4,12 @@ preferences.parquet has one row per prompt. Ranks are 1 = best, ties allowed, sm
 judgements given as pairs, `preferred` = 0 for image a, 1 for image b; where the data gives ranks, pairs are derived.
 """
 
+import contextlib
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -47,17 +49,61 @@ IMAGES = pa.schema(
 )
 
 
+LARGEST_RANK = 2**15 - 1  # of the column's type
+
+
 class SchemaError(ValueError):
     """A table breaks its contract: names file, row and remedy."""
+
+
+def text(value: object, name: str, where: str) -> str:
+    """A value that must be a text; the empty one is.
+
+    Raises:
+        SchemaError: it is none, or has no UTF-8 form (half of a surrogate pair).
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+            return value
+        except UnicodeEncodeError:
+            pass
+    raise SchemaError(f"{where}: {name} must be a text, got {reprlib.repr(value)}")
+
+
+def whole_number(value: object, name: str, where: str) -> int:
+    """A value that must be a whole number; 3.0 is one.
+
+    Raises:
+        SchemaError: it is none.
+    """
+    if type(value) is int or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    raise SchemaError(f"{where}: {name} must be a whole number, got {reprlib.repr(value)}")
+
+
+def image_name(path: object, where: str) -> str:
+    """Base name of an image, by which it is known in its archive.
+
+    Raises:
+        SchemaError: the path is no text or names no file.
+    """
+    name = PurePosixPath(text(path, "the path of an image", where)).name
+    if name in ("", ".."):
+        raise SchemaError(f"{where}: the path of an image must name a file, got {reprlib.repr(path)}")
+    return name
 
 
 def check_preferences(row: dict[str, Any], where: str) -> None:
     """Check one row of PREFERENCES or SUBSET.
 
     Raises:
-        SchemaError: lists of unequal length, an image twice, a rating outside 1..7, or a pair of unknown images.
+        SchemaError: lists of unequal length, an image twice, a rank or rating out of its range, a pair of unknown
+            images, or names from which no name of an item can be made.
     """
     images = row["image_ids"]
+    if not row["prompt_id"] or "/" in "".join((row["prompt_id"], *images)):
+        raise SchemaError(f"{where}: prompt_id must not be empty, and neither it nor an image may contain /")
     if not images or len(set(images)) != len(images):
         raise SchemaError(f"{where}: image_ids must be one or more different names, got {images}")
     for column in ("archives", "ranks", "ratings", "alignment_ratings", "fidelity_ratings"):
@@ -65,12 +111,17 @@ def check_preferences(row: dict[str, Any], where: str) -> None:
             raise SchemaError(f"{where}: {column} has {len(row[column])} entries for {len(images)} images")
         if None in (row.get(column) or ()):
             raise SchemaError(f"{where}: {column} has an empty entry: {row[column]}")
-    for ranks in row.get("annotations") or []:
+    annotations = row.get("annotations") or []
+    for ranks in annotations:
         if len(ranks) != len(images):
             raise SchemaError(f"{where}: an annotator gives {len(ranks)} ranks for {len(images)} images")
-    for rating in row.get("ratings") or []:
-        if not 1 <= rating <= 7:
-            raise SchemaError(f"{where}: rating {rating} is outside 1..7")
+    for rank in (*(row.get("ranks") or ()), *(rank for ranks in annotations for rank in ranks)):
+        if not 0 <= rank <= LARGEST_RANK:
+            raise SchemaError(f"{where}: rank {rank} is outside 0..{LARGEST_RANK}")
+    for column in ("ratings", "alignment_ratings", "fidelity_ratings"):
+        for rating in row.get(column) or []:
+            if not 1 <= rating <= 7:
+                raise SchemaError(f"{where}: rating {rating} is outside 1..7 in {column}")
     for pair in row.get("pairs") or []:
         if pair["a"] == pair["b"] or not {pair["a"], pair["b"]} <= set(images) or pair["preferred"] not in (0, 1):
             raise SchemaError(f"{where}: pair {pair} must name two different images of the prompt and prefer 0 or 1")
@@ -128,15 +179,38 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a whole table that has this schema.
 
     Raises:
-        SchemaError: the file's columns are others.
+        SchemaError: the file's columns are others, or it cannot be read.
     """
-    table = pq.read_table(path)
-    if table.schema != schema:
+    check_schema(path, schema)
+    with reading_parquet(path):
+        return pq.read_table(path)
+
+
+def check_schema(path: Path, schema: pa.Schema) -> None:
+    """Check the columns of a Parquet file.
+
+    Raises:
+        SchemaError: the file's columns are others, or it cannot be read.
+    """
+    with reading_parquet(path):
+        found = pq.read_schema(path)
+    if found != schema:
         raise SchemaError(
-            f"{path}: columns {table.schema.names} are not {schema.names} of the expected types; "
+            f"{path}: columns {found.names} are not {schema.names} of the expected types; "
             "delete the file and run snakemake again to make it anew"
         )
-    return table
+
+
+@contextlib.contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises at a damaged file into a SchemaError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise SchemaError(
+            f"{path} cannot be read as Parquet ({type(error).__name__}: {error}); "
+            "delete the file, for a raw one the dataset.json of its data set too, and run snakemake again"
+        ) from error
 
 
 def write_images(path: Path, rows: Iterable[dict[str, Any]]) -> set[str]:
@@ -150,10 +224,13 @@ def write_images(path: Path, rows: Iterable[dict[str, Any]]) -> set[str]:
 
 
 def read_images(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """Stream rows of IMAGES files, never all in memory."""
+    """Stream rows of IMAGES files, never all in memory.
+
+    Raises:
+        SchemaError: a file is no images table, or cannot be read.
+    """
     for path in paths:
-        with pq.ParquetFile(path) as file:
-            if file.schema_arrow != IMAGES:
-                raise SchemaError(f"{path}: not an images table; delete the file and run snakemake again")
+        check_schema(path, IMAGES)
+        with reading_parquet(path), pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=IMAGE_ROW_GROUP):
                 yield from batch.to_pylist()

@@ -31,7 +31,8 @@ def generate(
 ) -> Iterator[dict[str, Any]]:
     """Generate `rollouts` rollouts of every item, as rows of `rollouts.record.ROLLOUT`.
 
-    Items are batched by length. `seed` is any text; each batch draws from a generator of its own made from it.
+    Items are batched by length; `images` are RGB. `seed` is any text; each batch draws from a generator of its own made
+    from it.
     """
     tokenizer = policy.tokenizer
     chats = [messages(policy.template, item.prompt) for item in items]
@@ -44,7 +45,7 @@ def generate(
         batch_seed = stable_random(seed, start)
         inputs = policy.processor(
             text=[prompts[i] for i in batch],
-            images=[images[name].convert("RGB") for i in batch for name in items[i].image_ids],
+            images=[images[name] for i in batch for name in items[i].image_ids],
             padding=True,
             return_tensors="pt",
         )

@@ -1,0 +1,64 @@
+"""The one place where an encoded image becomes pixels: for checking, for training and for rollouts alike."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# What published data hold, and what their extensions hide. Nothing that would start another program to be decoded.
+FORMATS = ("WEBP", "JPEG", "PNG", "GIF", "BMP", "TIFF")
+LARGEST_PIXELS = 2**26  # 8192 x 8192, 200 MB decoded; published images have one or two million
+LARGEST_ASPECT_RATIO = 200  # Qwen2.5-VL's processor refuses more
+BACKGROUND = (255, 255, 255)  # behind transparent pixels: white, as on the page that annotators saw
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be decoded completely, or not be shown to the policy; says why."""
+
+
+def decoded(data: bytes) -> Image.Image:
+    """Decode an image to RGB: upright by its EXIF orientation, on a white background, 16 bits by their high byte.
+
+    Of several frames the first counts; colour profiles are not applied.
+
+    Raises:
+        UnreadableImageError: the image is empty, cut off, damaged, of no known format, too large to be honest, or
+            narrower than the policy's processor accepts.
+    """
+    if not data:
+        raise UnreadableImageError("empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(*image.size)
+                image.verify()
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # verify() leaves the image unusable
+                return _rgb(ImageOps.exif_transpose(image))
+    except (UnreadableImageError, MemoryError):
+        raise
+    except Exception as error:  # PIL raises whatever a damaged file leads it to: struct.error, TypeError, KeyError, ...
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > LARGEST_PIXELS:
+        raise UnreadableImageError(f"{width} x {height} pixels are more than {LARGEST_PIXELS}: a decompression bomb")
+    if max(width, height) > LARGEST_ASPECT_RATIO * min(width, height):
+        raise UnreadableImageError(f"{width} x {height} pixels are narrower than {LARGEST_ASPECT_RATIO}:1")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # PIL would clip these to 255. The high byte is what it takes of the 16 bits of a colour image.
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = BACKGROUND[0]
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UnreadableImageError(f"pixels of type {image.mode} have no stated range")
+    if image.has_transparency_data:
+        return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
