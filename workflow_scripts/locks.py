@@ -51,14 +51,20 @@ class Lock:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            holder = self.path.read_text(encoding="utf-8").strip() if self.path.is_file() else ""
-            raise LockedError(f"{self.refusal} ({holder or 'process unknown'})") from None
+            raise LockedError(f"{self.refusal} ({self._holder()})") from None
         self.path.write_text(f"process {os.getpid()} on {os.uname().nodename}\n", encoding="utf-8")
 
     def release(self) -> None:
         """Remove the lock file, then let go: in this order, so that nobody locks a file that is about to vanish."""
         self.path.unlink(missing_ok=True)
         self._lock.release()
+
+    def _holder(self) -> str:
+        try:
+            written = self.path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:  # it has just let go
+            written = ""
+        return written or "process unknown"
 
     def __enter__(self) -> Self:
         """Take the lock."""
