@@ -9,6 +9,7 @@
 # The parameters of every rule are two strings: the canonical configuration it uses and the digest of its code.
 import os
 import sys
+from pathlib import Path
 
 from snakemake.utils import min_version
 
@@ -16,7 +17,9 @@ min_version("9.0")
 sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import configuration as configurations
+from workflow_scripts import log_runs
 from workflow_scripts import stage_configuration as stages
+from workflow_scripts.locks import Lock
 from workflow_scripts.provenance import code_digest, stage_environment
 from workflow_scripts.verify_results import refuse_unrecorded
 
@@ -29,6 +32,22 @@ os.environ.update(stage_environment(configuration))
 RESULTS = configuration.results
 DOWNLOADS = configuration.downloads
 RESOURCES = {"gpu": int(configuration.policy.device == "cuda")}
+LOCK = Lock.of_results(Path(RESULTS))
+
+
+# Snakemake's own lock is one of the working directory; two of those may share a results folder. Not run by -n.
+onstart:
+    LOCK.acquire()
+
+
+onsuccess:
+    LOCK.release()
+    log_runs.remind(configuration)
+
+
+onerror:
+    LOCK.release()
+    log_runs.remind(configuration)
 
 
 wildcard_constraints:

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from workflow_scripts.redaction import has_password, redacted
+
 Dataset = Literal["imagereward", "hpsv2"]
 Track = Literal["imagereward", "hpsv2"]
 Split = Literal["train", "validation", "test"]
@@ -375,6 +377,16 @@ class Tracking(Section):
     artifact_megabytes: float = Field(20.0, ge=0)
     """Larger outputs are logged by digest and path instead of a copy."""
 
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, value: str) -> str:
+        if has_password(value):
+            raise ValueError(
+                "a password does not belong into the configuration; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD in the environment, or for a database MLFLOW_TRACKING_URI"
+            )
+        return value
+
 
 class Configuration(Section):
     """Root of the configuration."""
@@ -456,7 +468,7 @@ def _explain(error: Any) -> str:
         choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         near = difflib.get_close_matches(str(error["input"]), choices, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key}: {error['input']!r} is not allowed: {message}{hint}"
+    return f"{key}: {redacted(repr(error['input']))} is not allowed: {message}{hint}"
 
 
 def _section_at(location: tuple[int | str, ...]) -> type[Section]:

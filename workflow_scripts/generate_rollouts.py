@@ -95,8 +95,7 @@ def main() -> None:
                 "rollouts_per_second": len(rollouts) / (time.perf_counter() - started),
             }
         )
-        for rollout in rollouts[:3]:
-            run.text(rollout["text"], f"traces/{rollout['item_id'].replace('/', '_')}-{rollout['k']}.txt")
+        run.traces(rollouts)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Modules that cannot change the bytes of a result: what they decide is in the stage's canonical configuration already,
 # or is only recorded.
-WITHOUT_EFFECT = ("command_line", "configuration", "provenance", "stage_configuration", "tracking")
+WITHOUT_EFFECT = (
+    "command_line",
+    "configuration",
+    "locks",
+    "log_runs",
+    "provenance",
+    "redaction",
+    "stage_configuration",
+    "tracking",
+)
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "numpy", "pyarrow", "pillow", "scipy")
 
 

@@ -1,16 +1,17 @@
 """One stage instance is one MLflow run: opened here, fed by the stage, closed with every output as an artifact.
 
-The store being away never costs a result: each call is guarded, the stage goes on and says so.
+The store being away never costs a result: the stage goes on without it and says so, and `log_runs` logs it afterwards.
 """
 
 import contextlib
 import inspect
+import json
 import logging
 import math
 import os
-import re
 import resource
 import signal
+import sqlite3
 import sys
 import time
 import traceback
@@ -24,11 +25,15 @@ from filelock import FileLock
 
 from workflow_scripts import provenance
 from workflow_scripts.command_line import StageArguments
+from workflow_scripts.locks import Lock
+from workflow_scripts.redaction import redact_output, redacted
 
 log = logging.getLogger("softpref")
 
 # The parts of a stage instance's name, in the order in which they are said.
 INSTANCE_KEYS = ("dataset", "track", "policy", "test", "split", "seed", "shard", "block")
+# How long a stage waits for others: those that open the store at the same time, and one that writes to it.
+OPENING_SECONDS, WRITING_SECONDS = 60, 10
 
 
 class Run:
@@ -38,61 +43,107 @@ class Run:
         """`key` is the stage_key; `inputs` the verified sidecar of each input path."""
         self.stage_key = key
         self.inputs = inputs
-        self.mlflow_run_id: str | None = None
         self.summary: dict[str, float] = {}
         self.warnings: list[str] = []
+        self.mlflow_run_id: str | None = None
+        self._client: Any = None  # None: without tracking, or the store has failed
+        self._experiment_id = ""
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Log the metrics that are finite numbers; those without a step also stand in the sidecar."""
         values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         if step is None:
             self.summary.update(values)
-        if self.mlflow_run_id is None:
-            return
-        with self._guarded("metrics"):
-            import mlflow
+        with self._sending("metrics") as client:
+            if client:
+                from mlflow.entities import Metric
 
-            mlflow.log_metrics({_safe(k): float(v) for k, v in values.items()}, step=step)
+                now = time.time_ns() // 1_000_000
+                points = [Metric(_safe(name), float(value), now, step or 0) for name, value in values.items()]
+                client.log_batch(self.mlflow_run_id, metrics=points)
 
     def warn(self, message: str) -> None:
         """Say something that the user must not miss: in the log, in MLflow and in the sidecar."""
         log.warning(message)
         self.warnings.append(message)
-        if self.mlflow_run_id is None:
-            return
-        with self._guarded("warning"):
-            import mlflow
-
-            mlflow.set_tag("warning", "; ".join(self.warnings))
+        with self._sending("a warning") as client:
+            if client:
+                client.set_tag(self.mlflow_run_id, "warning", "; ".join(self.warnings))
 
     def text(self, content: str, name: str) -> None:
         """Attach a text."""
-        if self.mlflow_run_id is None:
-            return
-        with self._guarded(name):
-            import mlflow
+        with self._sending(name) as client:
+            if client:
+                client.log_text(self.mlflow_run_id, content, name)
 
-            mlflow.log_text(content, name)
+    def traces(self, rollouts: list[dict[str, Any]]) -> None:
+        """Attach the text of the first rollouts, to be read by people."""
+        for rollout in rollouts[:3]:
+            self.text(rollout["text"], f"traces/{rollout['item_id'].replace('/', '_')}-{rollout['k']}.txt")
 
     def files(self, paths: list[Path], folder: str | None = None) -> None:
         """Attach files; one above SOFTPREF_ARTIFACT_MEGABYTES by path and digest only (they are in the sidecar)."""
         limit = float(os.environ.get("SOFTPREF_ARTIFACT_MEGABYTES", "20")) * 1e6
-        for path in paths if self.mlflow_run_id else []:
-            with self._guarded(f"artifact {path}"):
-                import mlflow
-
-                if path.stat().st_size <= limit:
-                    mlflow.log_artifact(str(path), folder)
-                else:
+        for path in paths:
+            with self._sending(f"the file {path}") as client:
+                if client and path.stat().st_size <= limit:
+                    client.log_artifact(self.mlflow_run_id, str(path), folder)
+                elif client:
                     text = f"{path.resolve()}\nsha256 {provenance.file_digest(path)}\n"
-                    mlflow.log_text(text, str(Path(folder or "") / f"{path.name}.path.txt"))
+                    client.log_text(self.mlflow_run_id, text, str(Path(folder or "") / f"{path.name}.path.txt"))
+
+    def open(self, record: dict[str, Any]) -> None:
+        """Start the MLflow run of a sidecar: clean up after killed ones, log parameters, tags and input data sets."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            return
+        with self._sending("this run"):
+            self._client, self._experiment_id = open_store(uri)
+            from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+            _fail_killed(self._client, self._experiment_id)
+            run = self._client.create_run(
+                self._experiment_id, _milliseconds(record["started"]), _tags(record), instance_name(record)
+            )
+            self.mlflow_run_id = run.info.run_id
+            params = [Param(name, str(value)) for name, value in provenance.flat(record["config"]).items()]
+            self._client.log_batch(self.mlflow_run_id, params=params)
+            context = [InputTag("mlflow.data.context", record["stage"])]
+            data = [
+                DatasetInput(
+                    Dataset(Path(path).name, digest[:16], "local", json.dumps({"uri": str(Path(path).resolve())})),
+                    context,
+                )
+                for path, digest in record["inputs"].items()
+            ]
+            self._client.log_inputs(self.mlflow_run_id, data)
+
+    def close(self, status: str, log_file: Path | None, ended: int | None = None) -> None:
+        """End the MLflow run (`ended` in ms, None: now); a finished one replaces finished ones of its stage_key."""
+        if log_file and log_file.is_file():
+            sys.stderr.flush()
+            self.files([log_file], "log")
+        with self._sending("the end of this run") as client:
+            if client:
+                client.set_terminated(self.mlflow_run_id, status, ended)
+            if client and status == "FINISHED":
+                for old in finished_runs(client, self._experiment_id, self.stage_key):
+                    if old != self.mlflow_run_id:
+                        client.delete_run(old)
 
     @contextlib.contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
+    def _sending(self, what: str) -> Iterator[Any]:
+        """Yield MLflow's client, None where there is none.
+
+        A store that fails once is not asked again: a stage waits for it once, and a run that lacks something is not
+        taken for a whole one. The process that left it open marks it failed (`_fail_killed`).
+        """
         try:
-            yield
+            yield self._client
         except Exception as error:
-            log.warning("MLflow did not take %s (%s); the result is not affected", what, _told(error))
+            problem = redacted(f"{type(error).__name__}: {error}")
+            log.warning("MLflow did not take %s (%s); the stage goes on without it", what, problem)
+            self._client = self.mlflow_run_id = None
 
 
 @contextlib.contextmanager
@@ -100,16 +151,22 @@ def run_stage(arguments: StageArguments) -> Iterator[Run]:
     """Run the body of a stage with verified inputs, an open MLflow run, and a sidecar at the end.
 
     Raises:
+        LockedError: another process is making the same output.
         ProvenanceError: an input does not match its sidecar.
     """
+    redact_output()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a cancelled stage closes its run
+    with Lock.of_output(_outputs(arguments)[0]), _recorded(arguments) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def _recorded(arguments: StageArguments) -> Iterator[Run]:
     started = time.time()
     stage = Path(inspect.getfile(type(arguments))).stem
     config = arguments.config.model_dump(mode="json")  # type: ignore[attr-defined]
     code = arguments.code_digest or provenance.code_digest(stage, config.get("engine", "transformers"))
-    instance = {k: config[k] for k in INSTANCE_KEYS if k in config}
-    name = " · ".join([stage, *(f"{k} {v}" if isinstance(v, int) else str(v) for k, v in instance.items())])
     run = Run("", {})
     record: dict[str, Any] = {
         "stage": stage,
@@ -120,25 +177,25 @@ def run_stage(arguments: StageArguments) -> Iterator[Run]:
         "inputs": {},
         "upstream_runs": [],
         "versions": provenance.versions(),
-        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds"),
     }
     given = arguments.files("input")
     try:
         verified: dict[Path, Any] = {}
         run.inputs = {str(path): provenance.verify_chain(path, verified) for group in given.values() for path in group}
     except provenance.ProvenanceError:
-        _open(run, name, record)
+        run.open(record)
         _fail(run, arguments.log_file)
         raise
     record["inputs"] = inputs = {p: s["outputs"][Path(p).name]["sha256"] for p, s in run.inputs.items()}
     record["upstream_runs"] = sorted({s["mlflow_run_id"] for s in run.inputs.values() if s["mlflow_run_id"]})
     by_argument = {argument: [inputs[str(path)] for path in group] for argument, group in given.items()}
     run.stage_key = record["stage_key"] = provenance.stage_key(stage, config, by_argument, code)
-    _open(run, name, record)
+    run.open(record)
     try:
-        log.info("%s, stage_key %s", name, run.stage_key)
+        log.info("%s, stage_key %s", instance_name(record), run.stage_key)
         yield run
-        outputs = [path for group in arguments.files("output").values() for path in group]
+        outputs = _outputs(arguments)
         folder = outputs[0].parent
         record |= {
             "outputs": {os.path.relpath(path, folder): provenance.described(path) for path in outputs},
@@ -147,78 +204,92 @@ def run_stage(arguments: StageArguments) -> Iterator[Run]:
             "seconds": round(time.time() - started, 2),
             "peak_memory_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
             "mlflow_run_id": run.mlflow_run_id,
+            "log": os.path.relpath(arguments.log_file, folder) if arguments.log_file else None,
         }
-        sidecar = provenance.sidecar_path(outputs[0])
-        provenance.write_json(sidecar, record)
+        provenance.write_json(provenance.sidecar_path(outputs[0]), record)
         log.info("finished in %.1f s, at most %d MB", record["seconds"], record["peak_memory_megabytes"])
     except BaseException:
         _fail(run, arguments.log_file)
         raise
+    finish(run, record, outputs[0], arguments.log_file)
+    if os.environ.get("MLFLOW_TRACKING_URI") and run.mlflow_run_id is None:
+        log.warning(
+            "the result is complete but not in MLflow; to log it: python -m workflow_scripts.log_runs RESULTS_FOLDER"
+        )
+
+
+def finish(run: Run, record: dict[str, Any], output: Path, log_file: Path | None) -> None:
+    """End the MLflow run of a result that is there with its sidecar: attach all of it, and mark the run finished.
+
+    The sidecar's `mlflow_run_id` becomes null where the store did not take everything.
+    """
     run.metrics({"seconds": record["seconds"], "peak_memory_megabytes": record["peak_memory_megabytes"]})
-    run.files([*outputs, sidecar])
-    _close(run, "FINISHED", arguments.log_file)
+    sidecar = provenance.sidecar_path(output)
+    run.files([*(output.parent / name for name in record["outputs"]), sidecar])
+    run.close("FINISHED", log_file, _milliseconds(record["started"]) + round(1000 * record["seconds"]))
+    if run.mlflow_run_id != record["mlflow_run_id"]:
+        provenance.write_json(sidecar, record | {"mlflow_run_id": run.mlflow_run_id})
 
 
-def _open(run: Run, name: str, record: dict[str, Any]) -> None:
-    """Start the MLflow run: clean up after killed ones, log parameters, tags and input data sets."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        return
-    for variable in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        os.environ.setdefault(variable, "2" if "RETRIES" in variable else "10")
-    try:
-        import mlflow
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]
+def instance_name(record: dict[str, Any]) -> str:
+    """Name of a stage instance: "train_grpo · imagereward · seed 0"."""
+    parts = {key: record["config"][key] for key in INSTANCE_KEYS if key in record["config"]}
+    return " · ".join([record["stage"], *(f"{k} {v}" if isinstance(v, int) else str(v) for k, v in parts.items())])
 
-        with _first_use(uri):
-            mlflow.set_tracking_uri(uri)
-            experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "softpref"))
-        _fail_killed(mlflow.MlflowClient(), experiment.experiment_id)
-        process = psutil.Process()
-        tags = {
-            "stage": record["stage"],
-            "stage_key": record["stage_key"],
-            "git_commit": record["git_commit"] or "",
-            "upstream_runs": " ".join(record["upstream_runs"]),
-            "process": f"{os.uname().nodename} {process.pid} {process.create_time()}",
-            **{key: str(record["config"][key]) for key in INSTANCE_KEYS if key in record["config"]},
-        }
-        active = mlflow.start_run(run_name=name, tags=tags)
-        run.mlflow_run_id = active.info.run_id
-        mlflow.log_params(provenance.flat(record["config"]))
-        for path, digest in record["inputs"].items():
-            source = LocalArtifactDatasetSource(str(Path(path).resolve()))
-            data: Any = MetaDataset(source, name=Path(path).name, digest=digest[:16])  # type: ignore[abstract]
-            mlflow.log_input(data, context=record["stage"])
-    except Exception as error:
-        log.warning("no MLflow run at %s (%s); the stage goes on", uri.split("@")[-1], _told(error))
+
+def open_store(uri: str) -> tuple[Any, str]:
+    """MLflow's client for a store, and the id of the experiment; made where they are not there yet.
+
+    Raises:
+        Exception: whatever MLflow and its database raise when the store is away, locked, read-only or broken.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    import mlflow
+
+    with _first_use(uri):
+        mlflow.set_tracking_uri(uri)
+        experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "softpref"))
+    return mlflow.MlflowClient(), experiment.experiment_id
+
+
+def finished_runs(client: Any, experiment_id: str, stage_key: str) -> list[str]:
+    """Ids of the finished runs of a stage instance."""
+    same = f"tags.stage_key = '{stage_key}' and attributes.status = 'FINISHED'"
+    return [run.info.run_id for run in client.search_runs([experiment_id], same)]
 
 
 def _fail(run: Run, log_file: Path | None) -> None:
     """End the MLflow run as failed, with the traceback of the current exception."""
-    run.text(traceback.format_exc(), "traceback.txt")
-    _close(run, "FAILED", log_file)
+    run.text(redacted(traceback.format_exc()), "traceback.txt")
+    run.close("FAILED", log_file)
 
 
-def _close(run: Run, status: str, log_file: Path | None) -> None:
-    """End the MLflow run; a finished one replaces finished predecessors of the same stage_key."""
-    if run.mlflow_run_id is None:
-        return
-    if log_file and log_file.is_file():
-        sys.stderr.flush()
-        run.files([log_file], "log")
-    with run._guarded("end of run"):
-        import mlflow
+def _outputs(arguments: StageArguments) -> list[Path]:
+    return [path for group in arguments.files("output").values() for path in group]
 
-        mlflow.end_run(status)
-        if status == "FINISHED":
-            client = mlflow.MlflowClient()
-            experiment = client.get_run(run.mlflow_run_id).info.experiment_id
-            same = f"tags.stage_key = '{run.stage_key}' and attributes.status = 'FINISHED'"
-            for old in client.search_runs([experiment], same):
-                if old.info.run_id != run.mlflow_run_id:
-                    client.delete_run(old.info.run_id)
+
+def _milliseconds(started: str) -> int:
+    return round(datetime.fromisoformat(started).timestamp() * 1000)
+
+
+def _tags(record: dict[str, Any]) -> dict[str, str]:
+    process = psutil.Process()
+    commit = record["git_commit"] or ""
+    return {
+        "stage": record["stage"],
+        "stage_key": record["stage_key"],
+        "git_commit": commit,
+        "upstream_runs": " ".join(record["upstream_runs"]),
+        "process": f"{os.uname().nodename} {process.pid} {process.create_time()}",
+        **{key: str(record["config"][key]) for key in INSTANCE_KEYS if key in record["config"]},
+        **({"warning": "; ".join(record["warnings"])} if record.get("warnings") else {}),
+        # What MLflow's pages show as a run's source and user.
+        "mlflow.source.name": f"{provenance.PACKAGE}.{record['stage']}",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit.removesuffix("+changes"),
+        "mlflow.user": process.username(),
+    }
 
 
 def _fail_killed(client: Any, experiment_id: str) -> None:
@@ -237,16 +308,21 @@ def _fail_killed(client: Any, experiment_id: str) -> None:
             client.set_terminated(old.info.run_id, "FAILED")
 
 
-def _first_use(uri: str) -> contextlib.AbstractContextManager[Any]:
-    """Serialise the first use of an sqlite store: several processes migrating it at once break it for good."""
+@contextlib.contextmanager
+def _first_use(uri: str) -> Iterator[None]:
+    """Serialise the first use of an sqlite store: several processes migrating it at once break it for good.
+
+    One that cannot be written to is found out here: MLflow would try again for minutes.
+    """
     if not uri.startswith("sqlite:///"):
-        return contextlib.nullcontext()
-    return FileLock(uri.removeprefix("sqlite:///") + ".lock")
-
-
-def _told(error: Exception) -> str:
-    """What an exception says, without the user and password that an address in it may hold."""
-    return re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {error}")
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=OPENING_SECONDS):
+        with contextlib.closing(sqlite3.connect(path, timeout=WRITING_SECONDS)) as database:
+            database.execute("BEGIN IMMEDIATE")
+        yield
 
 
 def _safe(name: str) -> str:

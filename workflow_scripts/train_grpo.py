@@ -24,7 +24,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from peft import LoraConfig
 from PIL import Image
 from transformers import TrainerCallback
@@ -229,14 +228,6 @@ def main() -> None:
     with run_stage(arguments) as run:
         folder = arguments.checkpoints / run.stage_key
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_suffix(".lock"))
-        try:
-            lock.acquire(timeout=10)
-        except Timeout:
-            raise RuntimeError(
-                f"another process trains this already (it holds {lock.lock_file}); wait or kill it"
-            ) from None
-
         answers = ANSWERS[config.model.protocol]
         subsets = {"train": arguments.train, "validation": arguments.validation}
         rows = {split: read_table(path, SUBSET).to_pylist() for split, path in subsets.items()}
@@ -365,7 +356,6 @@ def main() -> None:
             },
         )
         run.metrics({"best_step": at_best["step"], "best_soft_pair_accuracy": at_best[BEST], "collapsed": collapsed})
-        lock.release()
     shutil.rmtree(folder)
 
 
