@@ -52,14 +52,16 @@ class Workflow:
         """Tracking store."""
         return f"sqlite:///{self.folder}/mlflow.db"
 
-    def snakemake(self, *options: str, config: tuple[str, ...] = (), overlay: dict[str, Any] | None = None) -> str:
+    def snakemake(
+        self, *options: str, config: tuple[str, ...] = (), overlay: dict[str, Any] | None = None, **variables: str
+    ) -> str:
         """Run Snakemake in the checkout with configs/test.yaml, an overlay and `--config`; return all it says."""
         command = [sys.executable, "-m", "snakemake", *options, "--configfile", "configs/test.yaml"]
         if overlay:
             (self.folder / ".overlay.yaml").write_text(yaml.safe_dump(overlay))
             command += [".overlay.yaml"]
         command += ["--config", *config] if config else []
-        done = subprocess.run(command, cwd=self.folder, env=environment(), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=self.folder, env=environment() | variables, capture_output=True, text=True)
         said = done.stdout + done.stderr
         assert done.returncode == 0, said
         return said

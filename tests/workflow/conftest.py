@@ -6,7 +6,7 @@ from checkout import Workflow
 
 @pytest.fixture(scope="session")
 def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
-    """Return the workflow after a whole run."""
+    """Return the workflow after a whole run, in which every job's log lists the modules it loaded."""
     workflow = Workflow.checkout(tmp_path_factory.mktemp("workflow") / "softpref")
-    workflow.snakemake("--cores", "2")
+    workflow.snakemake("--cores", "2", PYTHONPROFILEIMPORTTIME="1")
     return workflow
