@@ -102,6 +102,16 @@ def test_a_reformat_changes_no_digest(package: Path) -> None:
     assert digests() == before
 
 
+@pytest.mark.parametrize("length", [40, 80, 320])
+def test_another_line_length_changes_no_digest(package: Path, length: int) -> None:
+    before = digests()
+    texts = {path: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    style = ["--isolated", "--line-length", str(length), "--config", "format.quote-style='single'"]
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", *style, str(package)], check=True)
+    changed = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+    assert len(changed) > 30 and digests() == before
+
+
 def test_a_touch_changes_no_digest(package: Path) -> None:
     before = digests()
     for path in package.rglob("*.py"):

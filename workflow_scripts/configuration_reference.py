@@ -15,11 +15,12 @@ import yaml
 from workflow_scripts.configuration import Configuration, Section
 
 
-def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every key that has a value of its own: dotted name, pydantic field, value."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field, value
 
@@ -68,7 +69,7 @@ def render_yaml(section: Section, depth: int = 0, seen: set[tuple[type, str]] | 
 def render_markdown(configuration: Configuration) -> str:
     """Key-by-key reference."""
     rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
-    for key, field, value in _leaves(configuration):
+    for key, field, value in leaves(configuration):
         cell = json.dumps(value) if not isinstance(value, str) else value
         allowed = _allowed(field).replace("|", "\\|")
         meaning = field.description.replace("|", "\\|").replace("\n", " ")

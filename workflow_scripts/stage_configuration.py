@@ -4,6 +4,7 @@ The canonical JSON of these models is a rule's parameter, so a stage reruns exac
 """
 
 import inspect
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from workflow_scripts.configuration import (
@@ -91,13 +92,14 @@ class SelectSubset(StageConfig):
         """Select from the configuration."""
         data = getattr(c.datasets, dataset)
         whole = split == "test"
+        # A validation split of its own is drawn without looking at what training keeps; that of HPDv2 is not.
+        shares = split == "train" or (split == "validation" and VALIDATION_FROM[dataset] == "train")
         return cls(
             dataset=dataset,
             split=split,
             seed=data.subsample_seed,
-            by="prompt" if whole else data.subsample_by,
-            # The validation draw of HPDv2 needs to know what training keeps.
-            fraction=1.0 if whole else data.train_fraction,
+            by=data.subsample_by if shares else "prompt",
+            fraction=data.train_fraction if shares else 1.0,
             prompts=data.validation_prompts if split == "validation" else None,
             drop_overlap=not whole and data.drop_overlap,
         )
@@ -363,10 +365,15 @@ def dataset_record(c: Configuration, dataset: Dataset) -> str:
 
 
 def bundled_files(c: Configuration) -> list[str]:
-    """Files of the bundled policy that a changed model would change."""
+    """Files of the bundled policy that a changed model would change.
+
+    Relative to the working directory where they are in it: a moved repository has the same inputs.
+    """
     if c.policy.source != "bundled":
         return []
-    return [str(path) for path in sorted((ROOT / c.policy.bundled).glob("*.safetensors"))]
+    here = Path.cwd()
+    paths = sorted((ROOT / c.policy.bundled).glob("*.safetensors"))
+    return [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths]
 
 
 def separate_training_preferences(c: Configuration, dataset: Dataset) -> list[str]:

@@ -1,13 +1,9 @@
 """The real workflow at the size of configs/test.yaml, run once, and what must hold of its results."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -17,64 +13,12 @@ import mlflow
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from checkout import Workflow
 
 from workflow_scripts.provenance import ROOT, verify
 
 RULES = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk")), re.M))
 OTHER_SOURCES = {"download_dataset", "cold_start_policy"}  # what configs/test.yaml takes from elsewhere
-
-
-@dataclass
-class Workflow:
-    """A folder where the workflow runs, with results, downloads, tracking store and Snakemake's own state in it."""
-
-    folder: Path
-
-    @property
-    def results(self) -> Path:
-        """Folder of the results."""
-        return self.folder / "results"
-
-    @property
-    def uri(self) -> str:
-        """Tracking store."""
-        return f"sqlite:///{self.folder}/mlflow.db"
-
-    def snakemake(self, *options: str, config: tuple[str, ...] = ()) -> str:
-        """Run Snakemake from the checkout and return all it says."""
-        command = [sys.executable, "-m", "snakemake", "--directory", str(self.folder), *options]
-        command += [
-            "--configfile",
-            str(ROOT / "configs/test.yaml"),
-            "--workflow-profile",
-            str(ROOT / "profiles/default"),
-        ]
-        command += ["--config", f"results={self.results}", f"downloads={self.folder}/downloads", *config]
-        environment = os.environ | {"MLFLOW_TRACKING_URI": self.uri}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        said = done.stdout + done.stderr
-        assert done.returncode == 0, said
-        return said
-
-    def jobs(self) -> dict[str, dict[str, Any]]:
-        """Rule and outputs of each job, by its log file, as Snakemake lists them."""
-        found: dict[str, dict[str, Any]] = {}
-        lines = self.snakemake("--summary", "--quiet").splitlines()
-        header = next(i for i, line in enumerate(lines) if line.startswith("output_file\t"))
-        for line in lines[header + 1 :]:
-            if line.count("\t") == lines[header].count("\t"):
-                row = dict(zip(lines[header].split("\t"), line.split("\t"), strict=True))
-                job = found.setdefault(row["log-file(s)"], {"rule": row["rule"], "outputs": []})
-                job["outputs"].append(self.folder / row["output_file"])
-        return found
-
-
-@pytest.fixture(scope="session")
-def workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
-    """Return the workflow after a whole run."""
-    workflow = Workflow(tmp_path_factory.mktemp("workflow"))
-    workflow.snakemake("--cores", "2")
-    return workflow
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +31,6 @@ def jobs(workflow: Workflow) -> list[dict[str, Any]]:
         job["sidecar"] = verify(sidecar.with_name(sidecar.name.removesuffix(".provenance.json")))
         job["run"] = client.get_run(job["sidecar"]["mlflow_run_id"])
     return found
-
-
-def wanted_jobs(said: str) -> dict[str, int]:
-    """Number of jobs by rule that a dry run announces."""
-    return {rule: int(number) for rule, number in re.findall(r"^(\w+) +(\d+)$", said, re.M) if rule != "total"}
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -241,17 +180,13 @@ def test_every_rule_ran_and_every_output_is_as_its_sidecar_says(jobs: list[dict[
         assert {path.name for path in declared} == set(sidecar["outputs"]), job["rule"]
         assert sidecar["stage_key"] and sidecar["code_digest"] and sidecar["versions"]["torch"]
         assert sidecar["seconds"] > 0 and sidecar["peak_memory_megabytes"] > 0
-    on_disk = [
-        *workflow.results.rglob("*.provenance.json"),
-        *(workflow.folder / "downloads").rglob("*.provenance.json"),
-    ]
-    assert len(on_disk) == len(jobs)
+    assert len(list(workflow.results.rglob("*.provenance.json"))) == len(jobs)
     assert not list(workflow.results.rglob("*.tmp")) and not list((workflow.results / "checkpoints").glob("*/"))
 
 
-def test_inputs_are_what_the_jobs_before_wrote(jobs: list[dict[str, Any]]) -> None:
+def test_inputs_are_what_the_jobs_before_wrote(jobs: list[dict[str, Any]], workflow: Workflow) -> None:
     written = {
-        str(path): job["sidecar"]["outputs"][path.name]["sha256"]
+        str(path.relative_to(workflow.folder)): job["sidecar"]["outputs"][path.name]["sha256"]
         for job in jobs
         for path in job["outputs"]
         if not path.name.endswith(".provenance.json")
@@ -314,53 +249,10 @@ def test_training_curves_and_reasoning_traces_are_tracked(jobs: list[dict[str, A
             assert "<answer>" in Path(path).read_text()
 
 
-# -------------------------------------------------------------------------------------------------------------- reruns
-
-
-def test_nothing_is_left_to_do(workflow: Workflow) -> None:
-    assert "Nothing to be done" in workflow.snakemake("-n")
-
-
-def test_touched_files_rerun_nothing(workflow: Workflow) -> None:
-    results = workflow.results
-    for path in (
-        workflow.folder / "downloads/synthetic/imagereward/dataset.json",
-        results / "datasets/hpsv2/train/preferences.parquet",
-        results / "datasets/imagereward/test/images-0000.parquet",
-        results / "policies/base/manifest.json",
-        results / "policies/hpsv2/seed0/adapter_model.safetensors",
-        results / "rollouts/hpsv2/grpo/seed0/hpsv2/0000-0000.parquet",
-        results / "accuracy/imagereward/grpo/seed0/imagereward.json",
-    ):
-        path.touch()
-    assert "Nothing to be done" in workflow.snakemake("-n")
-
-
-TABLES = {"measure_accuracy": 5, "make_tables": 1}
-
-
-@pytest.mark.parametrize(
-    ("config", "rules"),
-    [
-        ("scoring={report_k: [1, 2]}", {"measure_accuracy": 5, "make_tables": 1}),
-        ("scoring={bootstrap: {seed: 1}}", {"measure_accuracy": 5, "make_tables": 1}),
-        ("tracking={experiment: other, artifact_megabytes: 1}", {}),
-        (
-            "rollouts={blocks: 2}",
-            {"generate_rollouts": 8, "score_rollouts": 5, "measure_accuracy": 5, "make_tables": 1},
-        ),
-    ],
-)
-def test_a_changed_key_reruns_what_uses_it(workflow: Workflow, config: str, rules: dict[str, int]) -> None:
-    said = workflow.snakemake("-n", config=(config,))
-    found = wanted_jobs(said)
-    assert {rule: number for rule, number in found.items() if rule != "all"} == rules, said
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_one_core_from_scratch_gives_the_same_bytes(workflow: Workflow, tmp_path: Path) -> None:
-    again = Workflow(tmp_path)
+    again = Workflow.checkout(tmp_path / "again")
     again.snakemake("--cores", "1")
     for name in ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md"):
         assert (again.results / name).read_bytes() == (workflow.results / name).read_bytes(), name
