@@ -124,8 +124,13 @@ def _essence(path: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`; rename it to `path` on success, remove it on failure: never a half-written file."""
+    """Yield a path beside `path`; rename it to `path` on success, remove it on failure: never a half-written file.
+
+    What a killed process has left beside it is removed: the stage's lock lets one process at a time get here.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

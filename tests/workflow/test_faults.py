@@ -18,8 +18,8 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
+from checkout import Workflow
 
-from tests.workflow.checkout import Workflow
 from workflow_scripts.provenance import verify
 
 TABLES = ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md")
