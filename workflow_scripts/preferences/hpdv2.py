@@ -110,7 +110,7 @@ def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
             more = buffer[at : at + 1] == ","
             if more:
                 at = _after_space(buffer, at + 1)
-        if buffer[at : at + 1] != "]" or buffer[_after_space(buffer, at + 1) :] or file.read(1):
+        if buffer[at : at + 1] != "]" or (buffer[at + 1 :] + file.read()).strip(" \t\n\r"):
             raise ValueError("it does not end with ]")
 
 
