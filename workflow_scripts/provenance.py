@@ -130,7 +130,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*.tmp"):
-        left.unlink()
+        if left.is_file():
+            left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -220,7 +221,7 @@ def verify_chain(output: Path, seen: dict[Path, dict[str, Any]] | None = None) -
     if output in seen:
         return seen[output]
     sidecar = seen[output] = verify(output)
-    for name, sha256 in sidecar["inputs"].items():
+    for name, sha256 in sidecar.get("inputs", {}).items():
         path = Path(name)
         if path.exists() and verify_chain(path, seen)["outputs"][path.name]["sha256"] != sha256:
             raise ProvenanceError(
