@@ -65,7 +65,7 @@ class Run:
     def warn(self, message: str) -> None:
         """Say something that the user must not miss: in the log, in MLflow and in the sidecar."""
         log.warning(message)
-        self.warnings.append(message)
+        self.warnings.append(redacted(message))
         with self._sending("a warning") as client:
             if client:
                 client.set_tag(self.mlflow_run_id, "warning", "; ".join(self.warnings))
