@@ -77,8 +77,8 @@ class Run:
                 client.log_text(self.mlflow_run_id, content, name)
 
     def traces(self, rollouts: list[dict[str, Any]]) -> None:
-        """Attach the text of the first rollouts, to be read by people."""
-        for rollout in rollouts[:3]:
+        """Attach the text of three rollouts, the first in the order of their file, to be read by people."""
+        for rollout in sorted(rollouts, key=lambda row: (row["item_id"], row["k"]))[:3]:
             self.text(rollout["text"], f"traces/{rollout['item_id'].replace('/', '_')}-{rollout['k']}.txt")
 
     def files(self, paths: list[Path], folder: str | None = None) -> None:
