@@ -1,6 +1,7 @@
 """Files that must agree with one another: generated ones, pins, overlays, links of the documentation."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,23 @@ def test_bundled_model_is_small() -> None:
     weights = list((ROOT / "models" / "tiny-qwen2.5-vl").glob("*.safetensors"))
     assert weights
     assert sum(path.stat().st_size for path in weights) <= 4_000_000
+
+
+def test_mlflow_commands_bind_to_this_machine_only() -> None:
+    """Wherever a command that serves MLflow's pages is written: pages, Makefile, code, tests."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    texts = {name: (ROOT / name).read_bytes().decode(errors="ignore") for name in listed.split("\0")[:-1]}
+    serving = [
+        (name, line)
+        for name, text in texts.items()
+        for line in text.splitlines()
+        if re.search(r"mlflow[\"', ]+(ui|server|gateway)\b", line) and not name.endswith("test_project_files.py")
+    ]
+    assert {name for name, _ in serving} >= {"Makefile", "README.md"}
+    for name, line in serving:
+        assert re.search(r"--host[\"', ]+127\.0\.0\.1\b", line), f"{name}: {line}"
+    everywhere = ".".join("0000")
+    assert [name for name, text in texts.items() if everywhere in text and not name.endswith(".lock")] == []
 
 
 def test_make_help_lists_every_target() -> None:

@@ -234,21 +234,37 @@ def test_killed_processes_leave_no_running_run(store: Any, preferences: Path, ru
     assert len(store("FINISHED")) == 1
 
 
-def test_six_processes_may_open_a_cold_store_at_once(
-    store: Any, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/cold.db")
+def open_at_once(number: int, folder: Path, preferences: Path) -> None:
+    """Start stages with a store that is not there yet: each has its finished run with all its artifacts."""
+    folder.mkdir()
+    uri = f"sqlite:///{folder}/cold.db"
     stage = ["-m", "workflow_scripts.select_subset"]
-    configs = [CONFIG.model_copy(update={"seed": seed}) for seed in range(6)]
-    processes = [
-        start(stage, words(preferences, tmp_path / f"{i}.parquet", config), tmp_path)
-        for i, config in enumerate(configs)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 6, said
-    runs = store("FINISHED")
-    assert sorted(run.data.params["seed"] for run in runs) == list("012345"), said
-    assert all(len(artifacts(run)) == 2 for run in runs)
+    configs = [CONFIG.model_copy(update={"seed": seed}) for seed in range(number)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        processes = [
+            start(stage, words(preferences, folder / f"{i}.parquet", config), folder)
+            for i, config in enumerate(configs)
+        ]
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * number, said
+    client = mlflow.MlflowClient(uri)
+    (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name != "Default"]
+    runs = client.search_runs([experiment], "attributes.status = 'FINISHED'")
+    assert sorted(int(run.data.params["seed"]) for run in runs) == list(range(number)), said
+    assert all(len(client.list_artifacts(run.info.run_id)) == 2 for run in runs)
+    assert len(client.search_runs([experiment])) == number
+
+
+def test_six_processes_may_open_a_cold_store_at_once(store: Any, preferences: Path, tmp_path: Path) -> None:
+    open_at_once(6, tmp_path / "six", preferences)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_eight_processes_may_open_a_cold_store_at_once_ten_times(store: Any, preferences: Path, tmp_path: Path) -> None:
+    for turn in range(10):
+        open_at_once(8, tmp_path / str(turn), preferences)
 
 
 def test_a_store_that_is_away_costs_no_result(

@@ -81,7 +81,7 @@ def log_job(output: Path, sidecar: dict[str, Any]) -> None:
         for entry in json.loads((output.parent / "training.json").read_text())["history"]:
             run.metrics({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
     if sidecar["stage"] == "generate_rollouts":
-        run.traces(next(pq.ParquetFile(output).iter_batches(batch_size=3)).to_pylist())
+        run.traces(pq.read_table(output, columns=["item_id", "k", "text"]).slice(0, 3).to_pylist())
     if run.mlflow_run_id:
         write_json(sidecar_path(output), sidecar)
         log_file = sidecar.get("log")

@@ -65,7 +65,7 @@ class Run:
     def warn(self, message: str) -> None:
         """Say something that the user must not miss: in the log, in MLflow and in the sidecar."""
         log.warning(message)
-        self.warnings.append(message)
+        self.warnings.append(redacted(message))
         with self._sending("a warning") as client:
             if client:
                 client.set_tag(self.mlflow_run_id, "warning", "; ".join(self.warnings))
@@ -77,8 +77,8 @@ class Run:
                 client.log_text(self.mlflow_run_id, content, name)
 
     def traces(self, rollouts: list[dict[str, Any]]) -> None:
-        """Attach the text of the first rollouts, to be read by people."""
-        for rollout in rollouts[:3]:
+        """Attach the text of three rollouts, the first in the order of their file, to be read by people."""
+        for rollout in sorted(rollouts, key=lambda row: (row["item_id"], row["k"]))[:3]:
             self.text(rollout["text"], f"traces/{rollout['item_id'].replace('/', '_')}-{rollout['k']}.txt")
 
     def files(self, paths: list[Path], folder: str | None = None) -> None:
