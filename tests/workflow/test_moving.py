@@ -17,7 +17,11 @@ from workflow_scripts.provenance import ROOT
 
 CARRIED = ("results", ".snakemake", "mlflow.db", "mlruns")  # what a checkout does not hold
 TABLES = ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md")
-ROLLOUTS = "rollouts/hpsv2/grpo/seed0/imagereward/0001-0000.parquet"
+CROSS = (  # one row of table1.csv, from the recorded rollouts on
+    "rollouts/hpsv2/grpo/seed0/imagereward/0001-0000.parquet",
+    "scores/hpsv2/grpo/seed0/imagereward.parquet",
+    "accuracy/hpsv2/grpo/seed0/imagereward.json",
+)
 
 
 @pytest.fixture
@@ -82,7 +86,7 @@ def test_a_moved_repository_goes_on(workflow: Workflow, tmp_path: Path, request:
     subprocess.run(cure, shell=True, executable="/bin/bash", cwd=moved.folder, env=with_python(), check=True)
     assert attached(moved) == runs
 
-    wanted = {name: (moved.results / name).read_bytes() for name in (*TABLES, ROLLOUTS)}
+    wanted = {name: (moved.results / name).read_bytes() for name in (*TABLES, *CROSS)}
     for name in wanted:
         (moved.results / name).unlink()
     said = moved.snakemake("--cores", "2")
