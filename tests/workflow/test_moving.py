@@ -4,6 +4,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,15 +110,19 @@ def test_a_link_at_the_old_place_shows_the_artifacts(
 
 
 def with_python() -> dict[str, str]:
-    """Environment in which `python` is this one."""
-    return environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """Environment in which `python` and `mlflow` are this interpreter's."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return environment() | {"PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_artifacts_of_a_tracking_server_move_along(workflow: Workflow, tmp_path: Path) -> None:
     """The documented server keeps relative places: what was logged before the move is there after it."""
-    command = documented("bash", "mlflow server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = documented("bash", "mlflow server").replace("5000", port)
     target = "results/test/accuracy/imagereward/zeroshot/seed0/imagereward.json"
     here = workflow.copy(tmp_path / "here")
     for name in ("mlflow.db", "mlruns"):
@@ -126,7 +131,7 @@ def test_artifacts_of_a_tracking_server_move_along(workflow: Workflow, tmp_path:
     (here.folder / target).unlink()
 
     def served(folder: Path, act: str) -> str:
-        server = subprocess.Popen(f"exec {command}", shell=True, cwd=folder, env=with_python() | QUIET)
+        server = subprocess.Popen(f"exec {command}", shell=True, cwd=folder, env=with_python())
         try:
             done = subprocess.run([sys.executable, "-c", act], cwd=folder, env=with_python(), stdout=subprocess.PIPE)
             assert done.returncode == 0
@@ -135,7 +140,7 @@ def test_artifacts_of_a_tracking_server_move_along(workflow: Workflow, tmp_path:
             server.terminate()
             server.wait()
 
-    uri = "http://127.0.0.1:5000"
+    uri = f"http://127.0.0.1:{port}"
     wait = f"""
 import subprocess, sys, time, urllib.request
 for _ in range(600):
@@ -162,6 +167,3 @@ for run in client.search_runs([experiment.experiment_id]):
     assert "measure_accuracy" in before and "imagereward.json.provenance.json" in before
     here.folder.rename(tmp_path / "there")
     assert served(tmp_path / "there", wait + show) == before
-
-
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true"}
