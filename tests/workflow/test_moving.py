@@ -4,6 +4,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,11 @@ from workflow_scripts.provenance import ROOT
 
 CARRIED = ("results", ".snakemake", "mlflow.db", "mlruns")  # what a checkout does not hold
 TABLES = ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md")
-ROLLOUTS = "rollouts/hpsv2/grpo/seed0/imagereward/0001-0000.parquet"
+CROSS = (  # one row of table1.csv, from the recorded rollouts on
+    "rollouts/hpsv2/grpo/seed0/imagereward/0001-0000.parquet",
+    "scores/hpsv2/grpo/seed0/imagereward.parquet",
+    "accuracy/hpsv2/grpo/seed0/imagereward.json",
+)
 
 
 @pytest.fixture
@@ -82,7 +87,7 @@ def test_a_moved_repository_goes_on(workflow: Workflow, tmp_path: Path, request:
     subprocess.run(cure, shell=True, executable="/bin/bash", cwd=moved.folder, env=with_python(), check=True)
     assert attached(moved) == runs
 
-    wanted = {name: (moved.results / name).read_bytes() for name in (*TABLES, ROLLOUTS)}
+    wanted = {name: (moved.results / name).read_bytes() for name in (*TABLES, *CROSS)}
     for name in wanted:
         (moved.results / name).unlink()
     said = moved.snakemake("--cores", "2")
@@ -105,15 +110,19 @@ def test_a_link_at_the_old_place_shows_the_artifacts(
 
 
 def with_python() -> dict[str, str]:
-    """Environment in which `python` is this one."""
-    return environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """Environment in which `python` and `mlflow` are this interpreter's."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return environment() | {"PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_artifacts_of_a_tracking_server_move_along(workflow: Workflow, tmp_path: Path) -> None:
     """The documented server keeps relative places: what was logged before the move is there after it."""
-    command = documented("bash", "mlflow server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = documented("bash", "mlflow server").replace("5000", port)
     target = "results/test/accuracy/imagereward/zeroshot/seed0/imagereward.json"
     here = workflow.copy(tmp_path / "here")
     for name in ("mlflow.db", "mlruns"):
@@ -122,7 +131,7 @@ def test_artifacts_of_a_tracking_server_move_along(workflow: Workflow, tmp_path:
     (here.folder / target).unlink()
 
     def served(folder: Path, act: str) -> str:
-        server = subprocess.Popen(f"exec {command}", shell=True, cwd=folder, env=with_python() | QUIET)
+        server = subprocess.Popen(f"exec {command}", shell=True, cwd=folder, env=with_python())
         try:
             done = subprocess.run([sys.executable, "-c", act], cwd=folder, env=with_python(), stdout=subprocess.PIPE)
             assert done.returncode == 0
@@ -131,7 +140,7 @@ def test_artifacts_of_a_tracking_server_move_along(workflow: Workflow, tmp_path:
             server.terminate()
             server.wait()
 
-    uri = "http://127.0.0.1:5000"
+    uri = f"http://127.0.0.1:{port}"
     wait = f"""
 import subprocess, sys, time, urllib.request
 for _ in range(600):
@@ -158,6 +167,3 @@ for run in client.search_runs([experiment.experiment_id]):
     assert "measure_accuracy" in before and "imagereward.json.provenance.json" in before
     here.folder.rename(tmp_path / "there")
     assert served(tmp_path / "there", wait + show) == before
-
-
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true"}
