@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from snakemake.io import IOFile
 from snakemake.utils import min_version
 
 min_version("9.0")

@@ -8,7 +8,7 @@ rule make_tables:
         nothing=lambda w: refuse_unrecorded(
             configuration,
             stages.accuracy_files(configuration),
-            lambda path: workflow.persistence.metadata(path) is not None,
+            lambda path: workflow.persistence.metadata(IOFile(path)) is not None,
         ),
         base=rules.prepare_base_policy.output.manifest,
         adapters=expand(
