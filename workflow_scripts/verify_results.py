@@ -3,12 +3,13 @@
 python -m workflow_scripts.verify_results results
 python -m workflow_scripts.verify_results results/three-seeds --configfile configs/three_seeds.yaml
 
-Prints what does not fit and exits with 1 where there is anything. `--remove` deletes these files, so that the next
-`snakemake` makes them anew. Run it where you run snakemake: the paths in provenance files start there.
+Prints what does not fit and exits with 1 where there is anything. `--remove` deletes these files and prints the command
+that makes them anew. Run it where you run snakemake: the paths in provenance files start there.
 """
 
 import argparse
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,7 +21,15 @@ from snakemake.utils import update_config
 from tabulate import tabulate
 
 from workflow_scripts.configuration import Configuration, load
-from workflow_scripts.provenance import ROOT, ProvenanceError, code_digest, file_digest, flat, read_sidecar
+from workflow_scripts.provenance import (
+    ROOT,
+    ProvenanceError,
+    code_digest,
+    file_digest,
+    flat,
+    read_sidecar,
+    sidecar_path,
+)
 from workflow_scripts.stage_configuration import same_instance
 
 SUFFIX = ".provenance.json"
@@ -60,6 +69,24 @@ def other_settings(configuration: Configuration, sidecar: dict[str, Any]) -> lis
     if sidecar["code_digest"] != code_digest(sidecar["stage"], expected.get("engine", "transformers")):
         found.append(f"made by other code of {sidecar['stage']}")
     return found
+
+
+def add_followers(jobs: dict[Path, dict[str, Any]], reasons: dict[Path, list[str]], stale: set[Path]) -> None:
+    """Give a reason to whatever was made from an output with other settings, however many stages later.
+
+    Args:
+        jobs: sidecars by first output.
+        reasons: why a job does not fit, by first output; added to.
+        stale: outputs of jobs with other settings, resolved; added to.
+    """
+    waiting = set(jobs)
+    while followers := {
+        output: old for output in waiting if (old := [n for n in jobs[output]["inputs"] if Path(n).resolve() in stale])
+    }:
+        for output, old in followers.items():
+            reasons[output] += [f"made from {name}, which does not fit" for name in old]
+            stale |= {(output.parent / name).resolve() for name in jobs[output]["outputs"]}
+        waiting -= followers.keys()
 
 
 def refuse_unrecorded(
@@ -125,30 +152,39 @@ def main() -> int:
     sidecars = sorted(arguments.folder.rglob(f"*{SUFFIX}"))
     if not sidecars:
         parser.error(f"{arguments.folder} holds no provenance files; is it a results folder?")
-    rows, checked, wrong = [], Counter[str](), Counter[str]()
+    jobs, reasons = dict[Path, dict[str, Any]](), dict[Path, list[str]]()
+    stale = set[Path]()
     for path in sidecars:
         output = path.with_name(path.name.removesuffix(SUFFIX))
         try:
-            sidecar = read_sidecar(output)
-            reasons = altered_outputs(output, sidecar) + other_inputs(sidecar) + other_settings(configuration, sidecar)
-            stage, names = sidecar["stage"], list(sidecar["outputs"])
+            jobs[output] = sidecar = read_sidecar(output)
+            settings = other_settings(configuration, sidecar)
+            reasons[output] = altered_outputs(output, sidecar) + other_inputs(sidecar) + settings
+            stale |= {(output.parent / name).resolve() for name in sidecar["outputs"] if settings}
         except ProvenanceError as error:
-            reasons, stage, names = [str(error)], "?", [output.name]
-        checked[stage] += 1
-        wrong[stage] += bool(reasons)
-        rows += [(output.relative_to(arguments.folder), reason) for reason in reasons]
-        if reasons and arguments.remove:
-            for name in names:
+            jobs[output], reasons[output] = {"stage": "?", "outputs": [output.name], "inputs": {}}, [str(error)]
+    add_followers(jobs, reasons, stale)
+    misfits = [output for output in jobs if reasons[output]]
+    if arguments.remove:
+        for output in misfits:
+            for name in jobs[output]["outputs"]:
                 (output.parent / name).unlink(missing_ok=True)
-            path.unlink()
+            sidecar_path(output).unlink()
+    checked = Counter(job["stage"] for job in jobs.values())
+    wrong = Counter(jobs[output]["stage"] for output in misfits)
+    rows = [(output.relative_to(arguments.folder), reason) for output in misfits for reason in reasons[output]]
     counts = [(stage, number, wrong[stage]) for stage, number in checked.items()]
     print(tabulate(counts, headers=["stage", "jobs checked", "do not fit"]))
     if rows:
         print("\n" + tabulate(rows, headers=["file", "why it does not fit"]))
-        remedy = (
-            "removed; run snakemake again" if arguments.remove else "add --remove to delete them, then run snakemake"
-        )
-        print(f"\n{sum(wrong.values())} of {len(sidecars)} jobs do not fit: {remedy}")
+        print(f"\n{len(misfits)} of {len(sidecars)} jobs do not fit.", end=" ")
+        if arguments.remove:
+            # By name: Snakemake does not miss a file from the middle where what was made from it is there.
+            overlays = ["--configfile", *map(str, arguments.configfile)] if arguments.configfile else []
+            command = ["snakemake", "--cores", "all", *map(str, misfits), *overlays]
+            print(f"They are deleted. To make them anew:\n  {shlex.join(command)}\nThen run snakemake as always.")
+        else:
+            print("Add --remove to delete them.")
     return int(bool(rows))
 
 

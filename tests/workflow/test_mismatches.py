@@ -1,16 +1,21 @@
 """Results that do not fit together, or not to the configuration: named, with the remedy, and never made into tables."""
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from checkout import Workflow, environment
 
 TRAINED = "policies/hpsv2/seed0/adapter_model.safetensors"
+SCORES = "scores/hpsv2/grpo/seed0/hpsv2.parquet"
+TABLES = ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md")
 OTHER_RATE = {"training": {"hpsv2": {"learning_rate": 0.0005}}}
 
 
@@ -27,10 +32,13 @@ def refused(workflow: Workflow, *options: str, rate: bool = False) -> str:
     return str(caught.value)
 
 
-def verify_results(workflow: Workflow, *options: str) -> tuple[int, str]:
+def verify_results(workflow: Workflow, *options: str, overlay: dict[str, Any] | None = None) -> tuple[int, str]:
     """Exit code and output of the command."""
     command = [sys.executable, "-m", "workflow_scripts.verify_results", "results/test", *options]
     command += ["--configfile", "configs/test.yaml"]
+    if overlay:
+        (workflow.folder / ".overlay.yaml").write_text(yaml.safe_dump(overlay))
+        command += [".overlay.yaml"]
     done = subprocess.run(command, cwd=workflow.folder, env=environment(), capture_output=True, text=True)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout
@@ -47,7 +55,11 @@ def test_changed_settings_without_a_record_are_refused(copied: Workflow) -> None
     said = refused(copied, "-n", rate=True)
     assert f"results/test/{TRAINED}: made with training.learning_rate = 0.001, now 0.0005" in said, said
     assert "verify_results --remove" in said
-    copied.snakemake("--touch")  # Snakemake has its record again, of this configuration
+    code, said = verify_results(copied, "--remove", overlay=OTHER_RATE)
+    assert code == 1 and TRAINED in said and f"made from results/test/{TRAINED}" in said
+    planned = {job.rule for job in copied.planned(overlay=OTHER_RATE)}
+    assert planned >= {"train_grpo", "generate_rollouts", "score_rollouts", "measure_accuracy", "make_tables"}
+    assert not planned & {"read_annotations", "select_subset", "read_images", "prepare_base_policy"}
 
 
 def test_changed_settings_with_a_record_rerun(copied: Workflow) -> None:
@@ -61,8 +73,6 @@ def test_tables_are_not_made_from_another_training(copied: Workflow, tmp_path: P
     sidecar = adapter.with_name(adapter.name + ".provenance.json")
     record = json.loads(sidecar.read_text())
     adapter.write_bytes(adapter.read_bytes()[:-1] + b"\1")
-    import hashlib
-
     status = adapter.stat()
     record["outputs"][adapter.name] = {
         "sha256": hashlib.sha256(adapter.read_bytes()).hexdigest(),
@@ -86,13 +96,18 @@ def test_tables_are_not_made_from_another_training(copied: Workflow, tmp_path: P
     ],
 )
 def test_the_command_names_and_removes_what_does_not_fit(
-    copied: Workflow, damage: Callable[[Path], object], reason: str
+    workflow: Workflow, copied: Workflow, damage: Callable[[Path], object], reason: str
 ) -> None:
-    path = copied.results / "scores/hpsv2/grpo/seed0/hpsv2.parquet"
+    path = copied.results / SCORES
     damage(path)
     code, said = verify_results(copied)
-    assert code == 1 and reason in said and "scores/hpsv2/grpo/seed0/hpsv2.parquet" in said, said
-    verify_results(copied, "--remove")
-    assert not path.exists()
+    assert code == 1 and reason in said and SCORES in said, said
+    code, said = verify_results(copied, "--remove")
+    assert code == 1 and not path.exists()
+    (command,) = [line.strip() for line in said.splitlines() if line.strip().startswith("snakemake ")]
+    before = {name: (copied.results / name).read_bytes() for name in TABLES}
+    for again in (command, "snakemake --cores 2 --configfile configs/test.yaml"):
+        subprocess.run([sys.executable, "-m", *again.split()], cwd=copied.folder, env=environment(), check=True)
+    assert path.read_bytes() == (workflow.results / SCORES).read_bytes()
     assert verify_results(copied)[0] == 0
-    assert "score_rollouts" in {job.rule for job in copied.planned()}
+    assert {name: (copied.results / name).read_bytes() for name in TABLES} == before
