@@ -171,7 +171,7 @@ def _recorded(arguments: StageArguments) -> Iterator[Run]:
     record: dict[str, Any] = {
         "stage": stage,
         "stage_key": "",
-        "config": config,
+        "config": json.loads(provenance.canonical_json(config)),  # in the order in which the sidecar keeps it
         "code_digest": code,
         "git_commit": provenance.git_commit(),
         "inputs": {},

@@ -1,5 +1,6 @@
 """The real workflow at the size of configs/test.yaml, run once, and what must hold of its results."""
 
+import json
 import math
 import re
 from collections import defaultdict
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from checkout import Workflow
 
+from workflow_scripts.log_runs import log_runs
 from workflow_scripts.provenance import ROOT, verify
 
 RULES = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk")), re.M))
@@ -247,6 +249,87 @@ def test_training_curves_and_reasoning_traces_are_tracked(jobs: list[dict[str, A
             assert len(traces) == 3
             path = client.download_artifacts(run_id, traces[0].path)
             assert "<answer>" in Path(path).read_text()
+
+
+def content(client: mlflow.MlflowClient, run_id: str, checkout: Path) -> dict[str, Any]:
+    """What a run shows, without what differs by when, where and by whom it was logged."""
+    run = client.get_run(run_id)
+    folder = Path(client.download_artifacts(run_id, ""))
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    tags = {name: value for name, value in run.data.tags.items() if name not in ("process", "upstream_runs")}
+    return {
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "times": (run.info.start_time, run.info.end_time),
+        "tags": {name: value for name, value in tags.items() if "artifact" not in name},
+        "params": run.data.params,
+        "metrics": run.data.metrics,
+        "files": {name: text for name, text in files.items() if not name.endswith(".provenance.json")},
+        "inputs": sorted(
+            (
+                i.dataset.name,
+                i.dataset.digest,
+                Path(json.loads(i.dataset.source)["uri"]).relative_to(checkout).as_posix(),
+            )
+            for i in run.inputs.dataset_inputs
+        ),
+    }
+
+
+def test_runs_logged_afterwards_are_as_the_live_ones_were(
+    jobs: list[dict[str, Any]], workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage, into an empty store and back; the new ids in the sidecars rerun nothing."""
+    copy = workflow.copy(tmp_path / "softpref")
+    monkeypatch.chdir(copy.folder)  # a run's data sets are named by paths from where snakemake ran
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "softpref-test")
+    folders = [copy.results]
+    outputs = list(copy.results.rglob("*.provenance.json"))
+    before = {path: json.loads(path.read_text()) for path in outputs}
+    store = f"sqlite:///{tmp_path}/other.db"
+    mlflow.MlflowClient(store).create_experiment("softpref-test", artifact_location=(tmp_path / "files").as_uri())
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert log_runs(folders) == (len(jobs), 0, [])
+    assert log_runs(folders) == (0, len(jobs), [])
+    after = {path: json.loads(path.read_text()) for path in outputs}
+    new_id = {before[path]["mlflow_run_id"]: after[path]["mlflow_run_id"] for path in outputs}
+    assert len(new_id) == len(jobs) and not new_id.keys() & set(new_id.values())
+    live, later = mlflow.MlflowClient(workflow.uri), mlflow.MlflowClient(store)
+    for path in outputs:
+        ids = {"mlflow_run_id", "upstream_runs"}
+        assert {k: v for k, v in after[path].items() if k not in ids} == {
+            k: v for k, v in before[path].items() if k not in ids
+        }
+        run_id = before[path]["mlflow_run_id"]
+        links = sorted(new_id[upstream] for upstream in before[path]["upstream_runs"])
+        assert after[path]["upstream_runs"] == links
+        assert later.get_run(new_id[run_id]).data.tags["upstream_runs"].split() == links
+        one = content(live, run_id, workflow.folder.resolve())
+        other = content(later, new_id[run_id], copy.folder.resolve())
+        if before[path]["stage"] == "train_grpo":
+            # Speeds and the trainer's summary are in no file; all curves that are in training.json are there.
+            history = json.loads((path.parent / "training.json").read_text())["history"]
+            curves = {name for entry in history for name in entry} - {"step"}
+            assert {"reward", "kl", "loss", "eval_soft_pair_accuracy"} <= curves
+            for name in curves:
+                points = [
+                    {(point.step, point.value) for point in client.get_metric_history(number, name)}
+                    for client, number in ((live, run_id), (later, new_id[run_id]))
+                ]
+                assert points[0] == points[1] != set(), name
+            one["metrics"] = {name: value for name, value in one["metrics"].items() if name in other["metrics"]}
+            assert curves | before[path]["metrics"].keys() <= one["metrics"].keys()
+        assert one == other
+        (sidecar,) = [f for f in later.list_artifacts(new_id[run_id]) if f.path.endswith(".provenance.json")]
+        assert json.loads(Path(later.download_artifacts(new_id[run_id], sidecar.path)).read_text()) == after[path]
+    assert "Nothing to be done" in copy.snakemake("-n")
+
+    # The first store has them all, so nothing is logged there again, and the sidecars name its runs again.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", copy.uri)
+    assert log_runs(folders) == (0, len(jobs), [])
+    assert {path: json.loads(path.read_text()) for path in outputs} == before
+    test_there_is_no_other_run(jobs, copy)
 
 
 @pytest.mark.slow
