@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from workflow_scripts.published import PUBLISHED
 from workflow_scripts.redaction import has_password, redacted
 
 Dataset = Literal["imagereward", "hpsv2"]
@@ -27,21 +28,25 @@ class Section(BaseModel):
 class ImageRewardHub(Section):
     """Where ImageRewardDB is published."""
 
-    repository: str = "zai-org/ImageRewardDB"
+    repository: str = PUBLISHED["imagereward"]["repository"]
     """Data set repository on the Hub."""
-    revision: str = "main"
+    revision: str = PUBLISHED["imagereward"]["revision"]
     """Commit, tag or branch; a commit id pins the data."""
-    train_archives: int = Field(32, ge=1, le=32)
-    """Training archives to use, train_1.zip and following: 4, 8, 16, 32 are the published 1k, 2k, 4k, 8k sets."""
+    path: str = ""
+    """Folder that holds the published files already; then nothing is downloaded, nothing copied, no repository used."""
+    train_set: Literal["1k", "2k", "4k", "8k"] = "8k"
+    """Published training set: about so many prompts, in the first 4, 8, 16 or in all 32 training archives."""
 
 
 class Hpdv2Hub(Section):
     """Where HPDv2 is published."""
 
-    repository: str = "ymhao/HPDv2"
+    repository: str = PUBLISHED["hpsv2"]["repository"]
     """Data set repository on the Hub."""
-    revision: str = "main"
+    revision: str = PUBLISHED["hpsv2"]["revision"]
     """Commit, tag or branch; a commit id pins the data."""
+    path: str = ""
+    """Folder that holds the published files already; then nothing is downloaded, nothing copied, no repository used."""
 
 
 class ImageRewardWorld(Section):
@@ -143,10 +148,12 @@ class ColdStart(Section):
 class PolicyHub(Section):
     """A base policy from the Hub."""
 
-    repository: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    repository: str = PUBLISHED["qwen2.5-vl-7b"]["repository"]
     """Model repository."""
-    revision: str = "main"
-    """Commit, tag or branch; a commit id pins the weights."""
+    revision: str = PUBLISHED["qwen2.5-vl-7b"]["revision"]
+    """Commit, tag or branch of this repository; a commit id pins the weights."""
+    path: str = ""
+    """Folder that holds the model's files already; then nothing is downloaded, nothing copied, no repository used."""
 
 
 class Policy(Section):

@@ -6,10 +6,8 @@ python -m workflow_scripts.prepare_base_policy --manifest results/policies/base/
 
 from pathlib import Path
 
-import huggingface_hub
-from filelock import FileLock
-
 from workflow_scripts.command_line import Input, Output, StageArguments
+from workflow_scripts.hub import fetch
 from workflow_scripts.policy.manifest import NEEDED, model_files
 from workflow_scripts.provenance import ROOT, write_json
 from workflow_scripts.stage_configuration import PrepareBasePolicy
@@ -32,15 +30,14 @@ def main() -> None:
     arguments = Arguments.parse()
     config = arguments.config
     with run_stage(arguments) as run:
-        revision = None
-        if config.hub:
-            with FileLock(arguments.manifest.with_suffix(".lock")):
-                revision = huggingface_hub.HfApi().model_info(config.hub.repository, revision=config.hub.revision).sha
-                folder = Path(
-                    huggingface_hub.snapshot_download(
-                        config.hub.repository, revision=revision, allow_patterns=list(NEEDED)
-                    )
-                )
+        repository = revision = None
+        if config.hub and config.hub.path:
+            folder = Path(config.hub.path).expanduser().resolve()
+        elif config.hub:
+            target = Path(str(config.downloads), "hub", config.hub.repository.replace("/", "--")).resolve()
+            folder, repository, revision, _ = fetch(
+                "model", config.hub.repository, config.hub.revision, list(NEEDED), target, "policy.hub"
+            )
         elif arguments.cold_start:
             folder = arguments.cold_start.parent.resolve()
         else:
@@ -51,7 +48,7 @@ def main() -> None:
             arguments.manifest,
             {
                 "source": config.source,
-                "repository": config.hub.repository if config.hub else None,
+                "repository": repository,
                 "revision": revision,
                 "path": str(folder.relative_to(ROOT) if inside else folder),
                 "files": files,

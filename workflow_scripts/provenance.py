@@ -157,6 +157,11 @@ def described(path: Path) -> dict[str, Any]:
     return {"sha256": file_digest(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
+def raw_folder(record: Path) -> Path:
+    """Folder of a data set's raw files: the record's own, unless it names another."""
+    return record.parent / json.loads(record.read_text(encoding="utf-8")).get("folder", "")
+
+
 def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
     """Digest of a file, checked against its record (unread where size and modification time are as recorded).
 

@@ -13,7 +13,8 @@ from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences import hpdv2, imagereward
 from workflow_scripts.preferences.schema import write_preferences
 from workflow_scripts.preferences.subsampling import normalised
-from workflow_scripts.provenance import check_file
+from workflow_scripts.provenance import check_file, raw_folder
+from workflow_scripts.published import PUBLISHED, differences
 from workflow_scripts.stage_configuration import ReadAnnotations
 from workflow_scripts.tracking import run_stage
 
@@ -22,7 +23,7 @@ class Arguments(StageArguments):
     """Read the published annotations of a split into the canonical table."""
 
     record: Input
-    """dataset.json of the data set; the raw files stand beside it."""
+    """dataset.json of the data set; it says where the raw files are."""
     output: Output
     """preferences.parquet: one row for each prompt."""
     config: ReadAnnotations
@@ -33,14 +34,24 @@ def main() -> None:
     """Run the stage."""
     arguments = Arguments.parse()
     with run_stage(arguments) as run:
-        folder, split = arguments.record.parent, arguments.config.split
-        files = json.loads(arguments.record.read_text(encoding="utf-8"))["files"]
-        if arguments.config.dataset == "imagereward":
+        folder, dataset, split = raw_folder(arguments.record), arguments.config.dataset, arguments.config.split
+        record = json.loads(arguments.record.read_text(encoding="utf-8"))
+        files = record["files"]
+        if dataset == "imagereward":
             name, rows = (imagereward.annotation_file(split), imagereward.read_preferences(folder, split, files))
         else:
             name, rows = (hpdv2.annotation_file(split), hpdv2.read_preferences(folder, split))
         check_file(folder / name, files[name], arguments.record)
         counts = write_preferences(arguments.output, rows)
+        if record["source"] == "hub":
+            part = f"{split}-{record['train_set']}" if split == "train" and record["train_set"] else split
+            pairs = counts["given_pairs"] + counts["strict_pairs"] + counts["tied_pairs"]
+            read = {"prompts": counts["prompts"], "images": counts["images"], "pairs": pairs}
+            if other := differences(dataset, part, read):
+                run.warn(
+                    f"{dataset}, {part}: read {'; '.join(other)} ({PUBLISHED[dataset]['repository']} at "
+                    f"{PUBLISHED[dataset]['revision'][:8]}); is this another revision, or are files not whole?"
+                )
         texts = pq.read_table(arguments.output, columns=["prompt"])["prompt"].to_pylist()
         run.metrics({**counts, "duplicate_texts": len(texts) - len({normalised(text) for text in texts})})
 

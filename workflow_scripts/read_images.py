@@ -19,7 +19,7 @@ from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences.archives import ArchiveError, iter_images
 from workflow_scripts.preferences.images import UnreadableImageError, decoded
 from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_table, write_images
-from workflow_scripts.provenance import check_file, write_json
+from workflow_scripts.provenance import check_file, raw_folder, write_json
 from workflow_scripts.stage_configuration import ReadImages
 from workflow_scripts.tracking import run_stage
 
@@ -28,7 +28,7 @@ class Arguments(StageArguments):
     """Read the images of selected prompts out of the published archives, and no others."""
 
     record: Input
-    """dataset.json of the data set; the raw files stand beside it."""
+    """dataset.json of the data set; it says where the raw files are."""
     subset: Input
     """subset.parquet: the selected prompts."""
     output: Output
@@ -56,11 +56,12 @@ def main() -> None:
                 "alone; use another revision of the data set"
             )
         files = json.loads(arguments.record.read_text(encoding="utf-8"))["files"]
+        folder = raw_folder(arguments.record)
         for archive in wanted:
-            check_file(arguments.record.parent / archive, files[archive], arguments.record)
+            check_file(folder / archive, files[archive], arguments.record)
 
         unreadable: dict[str, str] = {}
-        read = write_images(arguments.output, stream_images(arguments.record.parent, wanted, unreadable))
+        read = write_images(arguments.output, stream_images(folder, wanted, unreadable))
         everything = set(times)
         missing = sorted(everything - read - unreadable.keys())
         if 2 * len(read) < len(everything):

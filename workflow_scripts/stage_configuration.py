@@ -144,6 +144,7 @@ class PrepareBasePolicy(StageConfig):
     source: Literal["bundled", "cold_start", "hub"]
     bundled: str | None
     hub: PolicyHub | None
+    downloads: str | None = None
 
     @classmethod
     def of(cls, c: Configuration) -> Self:
@@ -153,6 +154,7 @@ class PrepareBasePolicy(StageConfig):
             source=source,
             bundled=c.policy.bundled if source == "bundled" else None,
             hub=c.policy.hub if source == "hub" else None,
+            downloads=c.downloads if source == "hub" else None,
         )
 
 

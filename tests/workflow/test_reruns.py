@@ -116,7 +116,7 @@ CASES = [
         {},
     ),
     ("tracking={enabled: false, experiment: other, artifact_megabytes: 1, uri: 'sqlite:///other.db'}", {}, {}),
-    ("datasets={hpsv2: {hub: {revision: other}}, imagereward: {hub: {train_archives: 4}}}", {}, {}),
+    ("datasets={hpsv2: {hub: {revision: other}}, imagereward: {hub: {train_set: 1k, path: /elsewhere}}}", {}, {}),
 ]
 
 
