@@ -20,7 +20,7 @@ import yaml
 from snakemake.utils import update_config
 from tabulate import tabulate
 
-from workflow_scripts.configuration import Configuration, load
+from workflow_scripts.configuration import Configuration, ConfigurationError, load
 from workflow_scripts.provenance import (
     ROOT,
     ProvenanceError,
@@ -137,7 +137,8 @@ def read_configuration(files: list[Path]) -> Configuration:
     """config.yaml of the repository with overlays on it, as Snakemake merges them."""
     merged: dict[str, Any] = {}
     for path in (ROOT / "config.yaml", *files):
-        update_config(merged, yaml.safe_load(path.read_text(encoding="utf-8")))
+        with path.open(encoding="utf-8") as file:  # whose name YAML's errors say
+            update_config(merged, yaml.safe_load(file) or {})
     return load(merged)
 
 
@@ -148,7 +149,10 @@ def main() -> int:
     parser.add_argument("--configfile", type=Path, nargs="+", default=[], help="overlays that the results are of")
     parser.add_argument("--remove", action="store_true", help="delete the outputs of every job that does not fit")
     arguments = parser.parse_args()
-    configuration = read_configuration(arguments.configfile)
+    try:
+        configuration = read_configuration(arguments.configfile)
+    except (ConfigurationError, OSError, yaml.YAMLError) as error:
+        parser.error(str(error))
     sidecars = sorted(arguments.folder.rglob(f"*{SUFFIX}"))
     if not sidecars:
         parser.error(f"{arguments.folder} holds no provenance files; is it a results folder?")
