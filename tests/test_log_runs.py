@@ -26,7 +26,6 @@ from workflow_scripts.provenance import ROOT, read_sidecar, sidecar_path, verify
 from workflow_scripts.stage_configuration import SelectSubset
 
 CONFIG = SelectSubset.of(Configuration(), "imagereward", "test")
-PORT = 5917
 # A stage that reports something, waits for a line of its input, and reports again.
 REPORTING = """
 import sys
@@ -277,19 +276,19 @@ def test_a_store_that_is_locked_in_the_middle_of_a_stage(
 
 
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """A tracking server on a port of its own; killed at the end, and waited for."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(PORT), "--workers", "1"]
+def server(folder: Path, port: int) -> Iterator[str]:
+    """A tracking server; killed at the end, and waited for."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/stored"]
     with (folder / "server.log").open("a") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
         while True:
             assert process.poll() is None, (folder / "server.log").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health"):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
                 break
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{PORT}"
+        yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -300,11 +299,13 @@ def server(folder: Path) -> Iterator[str]:
 def test_a_server_that_is_killed_in_the_middle_of_a_stage(
     stage: Any, logged: Any, output: Path, tmp_path: Path
 ) -> None:
-    with server(tmp_path) as uri:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with server(tmp_path, port) as uri:
         process = stage(uri, REPORTING)
         first_id = process.stdout.readline().strip()
     process.communicate("go on\n", timeout=150)
-    with server(tmp_path) as uri:
+    with server(tmp_path, port) as uri:
         check_cut_short(process, output, tmp_path / "subset.log", first_id, uri, logged)
 
 
