@@ -9,9 +9,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,27 @@ def test_a_server_that_is_down(untracked: Any, logged: Any, warm: Any, tmp_path:
     untracked("http://127.0.0.1:9")
     run, counts = logged(warm(tmp_path))
     assert counts == (1, 0, []) and run.data.params["seed"] == "0"
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_a_server_that_refuses(status: int, untracked: Any, logged: Any, warm: Any, tmp_path: Path) -> None:
+    """It wants a login, or says that it is not available."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def refuse(self) -> None:
+            self.send_error(status)
+
+        do_GET = do_POST = refuse  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        untracked(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert str(status) in (tmp_path / "subset.log").read_text()
+    assert logged(warm(tmp_path))[1] == (1, 0, [])
 
 
 def test_a_broken_sqlite_file(untracked: Any, logged: Any, warm: Any, tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def open_at_once(number: int, folder: Path, preferences: Path) -> None:
             start(stage, words(preferences, folder / f"{i}.parquet", config), folder)
             for i, config in enumerate(configs)
         ]
-        said = [process.communicate(timeout=300)[1] for process in processes]
+        said = [process.communicate(timeout=900)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * number, said
     client = mlflow.MlflowClient(uri)
     (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name != "Default"]
