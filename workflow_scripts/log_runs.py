@@ -20,11 +20,18 @@ from typing import Any
 
 from workflow_scripts.configuration import Configuration, ConfigurationError, Tracking, load
 from workflow_scripts.locks import Lock, LockedError
-from workflow_scripts.provenance import ProvenanceError, sidecar_path, stage_environment, verify, write_json
+from workflow_scripts.provenance import (
+    SUFFIX,
+    ProvenanceError,
+    sidecar_path,
+    sidecars,
+    stage_environment,
+    verify,
+    write_json,
+)
 from workflow_scripts.redaction import redact_output, redacted
 from workflow_scripts.tracking import Run, finish, finished_runs, instance_name, open_store
 
-SUFFIX = ".provenance.json"
 KEYS = ("uri", "experiment", "artifact_megabytes")
 
 
@@ -34,7 +41,7 @@ class NotLoggedError(RuntimeError):
 
 def recorded(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
     """First output and sidecar of every job whose results lie in the folders, upstream jobs first."""
-    files = {path.resolve() for folder in folders for path in folder.rglob(f"*{SUFFIX}")}
+    files = {path.resolve() for folder in folders for path in sidecars(folder)}
     jobs = [(path.with_name(path.name.removesuffix(SUFFIX)), json.loads(path.read_text())) for path in sorted(files)]
     return sorted(jobs, key=lambda job: job[1]["started"])
 
