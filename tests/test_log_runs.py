@@ -359,16 +359,18 @@ def command(folder: Path, uri: str, *options: str) -> subprocess.CompletedProces
 def test_the_command_names_damaged_results_and_logs_the_others(
     run_main: Any, preferences: Path, output: Path, tmp_path: Path
 ) -> None:
-    for seed in (0, 1):
+    for seed in range(3):
         config = CONFIG.model_copy(update={"seed": seed})
         run_main("select_subset", config, preferences=preferences, output=output.with_name(f"{seed}.parquet"))
-    damaged = output.with_name("0.parquet")
+    damaged, unreadable = output.with_name("0.parquet"), output.with_name("2.parquet")
     damaged.write_bytes(damaged.read_bytes()[:-1])
+    sidecar_path(unreadable).write_text('{"stage": "select_')
     done = command(tmp_path, "", "results", "--experiment", "mine", "--uri", "sqlite:///mine.db")
     assert done.returncode == 1, done.stderr
     assert "logged select_subset · imagereward · test · seed 1" in done.stdout
     assert "1 logged, 0 were there" in done.stdout
     assert f"{damaged} is not what its stage wrote" in done.stderr and "Traceback" not in done.stderr
+    assert f"{unreadable} has no readable provenance file" in done.stderr and "2 not logged:" in done.stderr
     (run,) = runs(f"sqlite:///{tmp_path}/mine.db")
     assert run.data.params["seed"] == "1"
     assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mine.db").get_experiment(run.info.experiment_id).name == "mine"

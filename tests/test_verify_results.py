@@ -67,6 +67,6 @@ def test_a_results_folder_in_another_is_left_out(
         assert (code == 1) == ("seed = 1" in said) == ("do not fit." in said)
         return said
 
-    assert [output.parent.parent for output, _ in recorded([results])] == [results]
+    assert [output.parent.parent for output, _ in recorded([results])[0]] == [results]
     assert "seed = 1" not in misfits(results) and (results / "mine/datasets/subset.parquet").exists()
     assert "seed = 1" in misfits(results / "mine")
