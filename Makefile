@@ -18,7 +18,7 @@ INSTALLED := .venv/requirements.lock
 ENVIRONMENT_GB := $(if $(filter Linux,$(shell uname -s)),8,2)
 DOWNLOAD_GB := $(if $(filter Linux,$(shell uname -s)),4,1)
 
-.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs reruns lock
+.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs reruns reliability lock
 
 help: ## list what there is
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -95,6 +95,9 @@ docs: setup ## config.yaml, config.schema.json and docs/configuration.md from th
 reruns: setup ## docs/reruns.md, from dry runs on a finished run of configs/test.yaml (makes that first: minutes)
 	$(BIN)/snakemake --cores all --configfile configs/test.yaml
 	$(BIN)/python -m workflow_scripts.rerun_matrix
+
+reliability: setup ## the counts of docs/reliability.md, from the tests that there are
+	$(BIN)/python tests/reliability.py
 
 lock: ## uv.lock, requirements.lock and envs/softpref.yaml from pyproject.toml (needs uv; OPTIONS=--upgrade for newer)
 	$(UV) lock $(OPTIONS)

@@ -1,6 +1,8 @@
 """Command lines of the stages: what is refused, which files are inputs and outputs, and what holds for all of them."""
 
+import ast
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +12,7 @@ from pydantic_settings import CliPositionalArg
 from workflow_scripts import stage_configuration as stages
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.configuration import Configuration, Section
-from workflow_scripts.provenance import ROOT
+from workflow_scripts.provenance import ROOT, module_closure
 
 STAGES = sorted(
     path.stem
@@ -148,3 +150,33 @@ def test_the_rule_s_text_arrives_unchanged(stage: str, config: Any) -> None:
     arrived = cls.parse(words).config  # type: ignore[attr-defined]
     assert arrived == config and type(arrived) is type(config)
     assert arrived.canonical() == config.canonical()
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def raised(tree: ast.AST) -> Iterator[str]:
+    """Names of the classes that a module raises; a function that makes an error is checked where it says `-> Error`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            name = ast.unparse(node.exc.func).split(".")[-1]
+            made = [
+                n.returns for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name and n.returns
+            ]
+            yield ast.unparse(made[0]) if made else name
+
+
+def test_what_a_stage_raises_is_an_error_of_the_project() -> None:
+    """Only those are said in one line, without a traceback."""
+    own = {
+        node.name
+        for path in (ROOT / "workflow_scripts").rglob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
+    }
+    assert len(own) > 8
+    paths = {path for stage in STAGES for path in module_closure(f"workflow_scripts.{stage}", "transformers").values()}
+    others = {
+        path.name: names for path in paths if (names := set(raised(ast.parse(path.read_text(encoding="utf-8")))) - own)
+    }
+    assert others == {"hpdv2.py": {"ValueError"}}  # of a parser, which its caller turns into a SchemaError

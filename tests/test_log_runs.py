@@ -9,9 +9,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ from workflow_scripts.provenance import ROOT, read_sidecar, sidecar_path, verify
 from workflow_scripts.stage_configuration import SelectSubset
 
 CONFIG = SelectSubset.of(Configuration(), "imagereward", "test")
-PORT = 5917
 # A stage that reports something, waits for a line of its input, and reports again.
 REPORTING = """
 import sys
@@ -179,6 +180,27 @@ def test_a_server_that_is_down(untracked: Any, logged: Any, warm: Any, tmp_path:
     assert counts == (1, 0, []) and run.data.params["seed"] == "0"
 
 
+@pytest.mark.parametrize("status", [401, 503])
+def test_a_server_that_refuses(status: int, untracked: Any, logged: Any, warm: Any, tmp_path: Path) -> None:
+    """It wants a login, or says that it is not available."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def refuse(self) -> None:
+            self.send_error(status)
+
+        do_GET = do_POST = refuse  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        untracked(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert str(status) in (tmp_path / "subset.log").read_text()
+    assert logged(warm(tmp_path))[1] == (1, 0, [])
+
+
 def test_a_broken_sqlite_file(untracked: Any, logged: Any, warm: Any, tmp_path: Path) -> None:
     store = tmp_path / "mlflow.db"
     store.write_bytes(b"not a database" * 1000)
@@ -277,19 +299,19 @@ def test_a_store_that_is_locked_in_the_middle_of_a_stage(
 
 
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """A tracking server on a port of its own; killed at the end, and waited for."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(PORT), "--workers", "1"]
+def server(folder: Path, port: int) -> Iterator[str]:
+    """A tracking server; killed at the end, and waited for."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/stored"]
     with (folder / "server.log").open("a") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
         while True:
             assert process.poll() is None, (folder / "server.log").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health"):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
                 break
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{PORT}"
+        yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -300,11 +322,13 @@ def server(folder: Path) -> Iterator[str]:
 def test_a_server_that_is_killed_in_the_middle_of_a_stage(
     stage: Any, logged: Any, output: Path, tmp_path: Path
 ) -> None:
-    with server(tmp_path) as uri:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with server(tmp_path, port) as uri:
         process = stage(uri, REPORTING)
         first_id = process.stdout.readline().strip()
     process.communicate("go on\n", timeout=150)
-    with server(tmp_path) as uri:
+    with server(tmp_path, port) as uri:
         check_cut_short(process, output, tmp_path / "subset.log", first_id, uri, logged)
 
 
@@ -335,16 +359,18 @@ def command(folder: Path, uri: str, *options: str) -> subprocess.CompletedProces
 def test_the_command_names_damaged_results_and_logs_the_others(
     run_main: Any, preferences: Path, output: Path, tmp_path: Path
 ) -> None:
-    for seed in (0, 1):
+    for seed in range(3):
         config = CONFIG.model_copy(update={"seed": seed})
         run_main("select_subset", config, preferences=preferences, output=output.with_name(f"{seed}.parquet"))
-    damaged = output.with_name("0.parquet")
+    damaged, unreadable = output.with_name("0.parquet"), output.with_name("2.parquet")
     damaged.write_bytes(damaged.read_bytes()[:-1])
+    sidecar_path(unreadable).write_text('{"stage": "select_')
     done = command(tmp_path, "", "results", "--experiment", "mine", "--uri", "sqlite:///mine.db")
     assert done.returncode == 1, done.stderr
     assert "logged select_subset · imagereward · test · seed 1" in done.stdout
     assert "1 logged, 0 were there" in done.stdout
     assert f"{damaged} is not what its stage wrote" in done.stderr and "Traceback" not in done.stderr
+    assert f"{unreadable} has no readable provenance file" in done.stderr and "2 not logged:" in done.stderr
     (run,) = runs(f"sqlite:///{tmp_path}/mine.db")
     assert run.data.params["seed"] == "1"
     assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mine.db").get_experiment(run.info.experiment_id).name == "mine"

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ def dependencies() -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize("path", sorted(generated_files()))
 def test_generated_files_are_current(path: str) -> None:
     assert (ROOT / path).read_text(encoding="utf-8") == generated_files()[path], f"{path} is stale; run `make docs`"
+
+
+def test_the_page_of_promises_counts_the_tests_that_there_are(tmp_path: Path) -> None:
+    page = tmp_path / "reliability.md"
+    subprocess.run([sys.executable, "tests/reliability.py", "--output", str(page)], cwd=ROOT, check=True)
+    current = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    assert current == page.read_text(encoding="utf-8"), "docs/reliability.md is stale; run `make reliability`"
 
 
 def test_config_yaml_is_the_default(defaults: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from workflow_scripts.stage_configuration import SelectSubset
 from workflow_scripts.tracking import run_stage
 
 CONFIG = SelectSubset.of(Configuration(), "imagereward", "test")
+TURNS = 10
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ def open_at_once(number: int, folder: Path, preferences: Path) -> None:
             start(stage, words(preferences, folder / f"{i}.parquet", config), folder)
             for i, config in enumerate(configs)
         ]
-        said = [process.communicate(timeout=300)[1] for process in processes]
+        said = [process.communicate(timeout=900)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * number, said
     client = mlflow.MlflowClient(uri)
     (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name != "Default"]
@@ -262,8 +263,9 @@ def test_six_processes_may_open_a_cold_store_at_once(store: Any, preferences: Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.cases(TURNS)
 def test_eight_processes_may_open_a_cold_store_at_once_ten_times(store: Any, preferences: Path, tmp_path: Path) -> None:
-    for turn in range(10):
+    for turn in range(TURNS):
         open_at_once(8, tmp_path / str(turn), preferences)
 
 

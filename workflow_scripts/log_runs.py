@@ -20,11 +20,19 @@ from typing import Any
 
 from workflow_scripts.configuration import Configuration, ConfigurationError, Tracking, load
 from workflow_scripts.locks import Lock, LockedError
-from workflow_scripts.provenance import ProvenanceError, sidecar_path, stage_environment, verify, write_json
+from workflow_scripts.provenance import (
+    SUFFIX,
+    ProvenanceError,
+    read_sidecar,
+    sidecar_path,
+    sidecars,
+    stage_environment,
+    verify,
+    write_json,
+)
 from workflow_scripts.redaction import redact_output, redacted
 from workflow_scripts.tracking import Run, finish, finished_runs, instance_name, open_store
 
-SUFFIX = ".provenance.json"
 KEYS = ("uri", "experiment", "artifact_megabytes")
 
 
@@ -32,11 +40,19 @@ class NotLoggedError(RuntimeError):
     """The store did not take a run."""
 
 
-def recorded(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """First output and sidecar of every job whose results lie in the folders, upstream jobs first."""
-    files = {path.resolve() for folder in folders for path in folder.rglob(f"*{SUFFIX}")}
-    jobs = [(path.with_name(path.name.removesuffix(SUFFIX)), json.loads(path.read_text())) for path in sorted(files)]
-    return sorted(jobs, key=lambda job: job[1]["started"])
+def recorded(folders: list[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+    """First output and sidecar of every job whose results lie in the folders, upstream jobs first.
+
+    Also what is wrong with each sidecar that cannot be read.
+    """
+    jobs, unreadable = [], []
+    for path in sorted({path.resolve() for folder in folders for path in sidecars(folder)}):
+        output = path.with_name(path.name.removesuffix(SUFFIX))
+        try:
+            jobs.append((output, read_sidecar(output)))
+        except ProvenanceError as error:
+            unreadable.append(str(error))
+    return sorted(jobs, key=lambda job: job[1]["started"]), unreadable
 
 
 def producers(inputs: dict[str, str], jobs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any] | None]:
@@ -111,8 +127,8 @@ def log_runs(folders: list[Path]) -> tuple[int, int, list[str]]:
             client, experiment = open_store(os.environ["MLFLOW_TRACKING_URI"])
         except Exception as error:
             raise NotLoggedError(redacted(f"no MLflow store to log to ({type(error).__name__}: {error})")) from None
-        jobs = recorded(folders)
-        logged, damaged = 0, []
+        jobs, damaged = recorded(folders)
+        logged = known = 0
         for output, sidecar in jobs:
             try:
                 verify(output)
@@ -127,18 +143,19 @@ def log_runs(folders: list[Path]) -> tuple[int, int, list[str]]:
                 print(f"logged {instance_name(sidecar)}", flush=True)
                 logged += 1
                 continue
+            known += 1
             if sidecar["mlflow_run_id"] not in there:
                 sidecar["mlflow_run_id"] = there[0]
             if before != (sidecar["mlflow_run_id"], sidecar["upstream_runs"]):
                 link_job(client, sidecar["mlflow_run_id"], output, sidecar)
-    return logged, len(jobs) - logged - len(damaged), damaged
+    return logged, known, damaged
 
 
 def remind(configuration: Configuration) -> None:
     """Say at the end of a workflow how many of its results are not in MLflow, and how to log them."""
     results, downloads = Path(configuration.results), Path(configuration.downloads)
     folders = [results] if downloads.is_relative_to(results) else [results, downloads]
-    missing = sum(sidecar["mlflow_run_id"] is None for _, sidecar in recorded(folders))
+    missing = sum(sidecar["mlflow_run_id"] is None for _, sidecar in recorded(folders)[0])
     if configuration.tracking.enabled and missing:
         given = configuration.tracking.model_dump(include=set(KEYS), exclude_defaults=True)
         command = ["python", "-m", "workflow_scripts.log_runs", *map(str, folders)]

@@ -34,6 +34,7 @@ WITHOUT_EFFECT = (
     "stage_configuration",
     "tracking",
 )
+SUFFIX = ".provenance.json"
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "numpy", "pyarrow", "pillow", "scipy")
 
 
@@ -59,7 +60,16 @@ def file_digest(path: Path) -> str:
 
 def sidecar_path(output: Path) -> Path:
     """Where the provenance of a job's first output stands."""
-    return output.with_name(output.name + ".provenance.json")
+    return output.with_name(output.name + SUFFIX)
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """Sidecars below a results folder; not those of another results folder in it, as results/test is in results.
+
+    What has a folder `logs` is a results folder.
+    """
+    others = {logs.parent for logs in folder.rglob("logs") if logs.is_dir()} - {folder}
+    return sorted(path for path in folder.rglob(f"*{SUFFIX}") if others.isdisjoint(path.parents))
 
 
 # ------------------------------------------------------------------------------------------------------------ the code

@@ -12,7 +12,7 @@ from pydantic_settings import CliPositionalArg
 
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.policy.prompts import ANSWERS
-from workflow_scripts.preferences.schema import read_table
+from workflow_scripts.preferences.schema import SchemaError, read_table
 from workflow_scripts.provenance import replacing
 from workflow_scripts.rollouts.record import ROLLOUT
 from workflow_scripts.scoring.anchor_ranking import anchor_scores, candidate_probability
@@ -79,6 +79,11 @@ def main() -> None:
     answers = ANSWERS[arguments.config.protocol]
     with run_stage(arguments) as run:
         rollouts = pd.concat([read_table(path, ROLLOUT).to_pandas() for path in arguments.rollouts], ignore_index=True)
+        if rollouts.empty:
+            raise SchemaError(
+                f"{arguments.rollouts[0].parent} holds no rollout: no test question fits the policy's context and has "
+                "its images; see the warnings of generate_rollouts, and choose other test data or another policy"
+            )
         frame = scores(rollouts, answers).sort_values(["prompt_id", "image_id", "k"])
         with replacing(arguments.output) as temporary:
             pq.write_table(pa.Table.from_pandas(frame, SCORE, preserve_index=False), temporary, compression="zstd")

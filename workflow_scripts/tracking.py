@@ -32,8 +32,9 @@ log = logging.getLogger("softpref")
 
 # The parts of a stage instance's name, in the order in which they are said.
 INSTANCE_KEYS = ("dataset", "track", "policy", "test", "split", "seed", "shard", "block")
-# How long a stage waits for others: those that open the store at the same time, and one that writes to it.
-OPENING_SECONDS, WRITING_SECONDS = 60, 10
+# How long a stage waits for others: those that open the store before it (a new one takes each of them a minute on a
+# busy machine; a dead one is not waited for), and one that writes to it.
+OPENING_SECONDS, WRITING_SECONDS = 900, 10
 
 
 class Run:

@@ -254,9 +254,9 @@ def main() -> None:
                     f"out, such as {min(item.prompt_id for item in long)}"
                 )
             usable[split] = [(item, target) for item, target in found if item not in long]
+            if not usable[split]:
+                raise SchemaError(f"{subsets[split]}: no {split} question is left; check the subset and its images")
         items, validation = usable["train"], usable["validation"]
-        if not items:
-            raise SchemaError(f"{arguments.train}: nothing to train on; check the subset and its images")
         run.metrics({"training_items": len(items), "validation_items": len(validation)})
 
         def example(batch: dict[str, list[int]]) -> dict[str, list[Any]]:

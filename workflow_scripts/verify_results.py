@@ -4,7 +4,8 @@ python -m workflow_scripts.verify_results results
 python -m workflow_scripts.verify_results results/three-seeds --configfile configs/three_seeds.yaml
 
 Prints what does not fit and exits with 1 where there is anything. `--remove` deletes these files and prints the command
-that makes them anew. Run it where you run snakemake: the paths in provenance files start there.
+that makes them anew. Run it where you run snakemake: the paths in provenance files start there. A results folder of
+another configuration within the folder, such as results/three-seeds in results, is left out.
 """
 
 import argparse
@@ -20,19 +21,19 @@ import yaml
 from snakemake.utils import update_config
 from tabulate import tabulate
 
-from workflow_scripts.configuration import Configuration, load
+from workflow_scripts.configuration import Configuration, ConfigurationError, load
 from workflow_scripts.provenance import (
     ROOT,
+    SUFFIX,
     ProvenanceError,
     code_digest,
     file_digest,
     flat,
     read_sidecar,
     sidecar_path,
+    sidecars,
 )
 from workflow_scripts.stage_configuration import same_instance
-
-SUFFIX = ".provenance.json"
 
 
 def altered_outputs(output: Path, sidecar: dict[str, Any]) -> list[str]:
@@ -137,7 +138,8 @@ def read_configuration(files: list[Path]) -> Configuration:
     """config.yaml of the repository with overlays on it, as Snakemake merges them."""
     merged: dict[str, Any] = {}
     for path in (ROOT / "config.yaml", *files):
-        update_config(merged, yaml.safe_load(path.read_text(encoding="utf-8")))
+        with path.open(encoding="utf-8") as file:  # whose name YAML's errors say
+            update_config(merged, yaml.safe_load(file) or {})
     return load(merged)
 
 
@@ -148,13 +150,16 @@ def main() -> int:
     parser.add_argument("--configfile", type=Path, nargs="+", default=[], help="overlays that the results are of")
     parser.add_argument("--remove", action="store_true", help="delete the outputs of every job that does not fit")
     arguments = parser.parse_args()
-    configuration = read_configuration(arguments.configfile)
-    sidecars = sorted(arguments.folder.rglob(f"*{SUFFIX}"))
-    if not sidecars:
+    try:
+        configuration = read_configuration(arguments.configfile)
+    except (ConfigurationError, OSError, yaml.YAMLError) as error:
+        parser.error(str(error))
+    found = sidecars(arguments.folder)
+    if not found:
         parser.error(f"{arguments.folder} holds no provenance files; is it a results folder?")
     jobs, reasons = dict[Path, dict[str, Any]](), dict[Path, list[str]]()
     stale = set[Path]()
-    for path in sidecars:
+    for path in found:
         output = path.with_name(path.name.removesuffix(SUFFIX))
         try:
             jobs[output] = sidecar = read_sidecar(output)
@@ -177,7 +182,7 @@ def main() -> int:
     print(tabulate(counts, headers=["stage", "jobs checked", "do not fit"]))
     if rows:
         print("\n" + tabulate(rows, headers=["file", "why it does not fit"]))
-        print(f"\n{len(misfits)} of {len(sidecars)} jobs do not fit.", end=" ")
+        print(f"\n{len(misfits)} of {len(found)} jobs do not fit.", end=" ")
         if arguments.remove:
             # By name: Snakemake does not miss a file from the middle where what was made from it is there.
             overlays = ["--configfile", *map(str, arguments.configfile)] if arguments.configfile else []

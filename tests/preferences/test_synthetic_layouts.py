@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from workflow_scripts.configuration import Hpdv2World, ImageRewardWorld
+from workflow_scripts.configuration import ConfigurationError, Hpdv2World, ImageRewardWorld
 from workflow_scripts.preferences.synthetic_layouts import (
     METADATA,
     hpdv2_scenes,
@@ -129,5 +129,9 @@ def test_blemishes_and_splits_of_prompt_texts() -> None:
 
 def test_too_many_prompts_are_refused() -> None:
     """The world has only so many texts, and says so."""
-    with pytest.raises(ValueError, match="no 700 different prompts for imagereward's validation split; ask for fewer"):
+    message = (
+        r"^datasets\.imagereward\.synthetic\.validation_prompts: the synthetic world has no 700 different prompts for "
+        r"imagereward's validation split, only \d+; ask for fewer$"
+    )
+    with pytest.raises(ConfigurationError, match=message):
         prompts("imagereward", 0, "validation", 700, 4)

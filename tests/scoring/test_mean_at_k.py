@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workflow_scripts.scoring.mean_at_k import fill_missing, subset_means
+from workflow_scripts.scoring.mean_at_k import TooFewRolloutsError, fill_missing, subset_means
 
 
 @st.composite
@@ -43,7 +43,7 @@ def test_all_rollouts_give_one_mean_and_single_rollouts_give_themselves() -> Non
 
 @pytest.mark.parametrize("k", [0, -1, 4])
 def test_k_outside_the_recorded_rollouts_names_both_and_the_remedy(k: int) -> None:
-    with pytest.raises(ValueError, match=rf"Mean@{k} .* 3, .*record more rollouts"):
+    with pytest.raises(TooFewRolloutsError, match=rf"Mean@{k} .* 3, .*record more rollouts \(rollouts\.blocks\)"):
         subset_means(np.zeros((2, 3)), k)
 
 

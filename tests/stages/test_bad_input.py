@@ -20,7 +20,7 @@ from PIL import Image
 from workflow_scripts.configuration import Configuration, Sampling, load
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import LARGEST_ASPECT_RATIO, decoded
-from workflow_scripts.preferences.schema import SUBSET, read_images, write_images, write_preferences
+from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_images, write_images, write_preferences
 from workflow_scripts.provenance import ROOT, described, sidecar_path, write_json
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item
@@ -178,21 +178,24 @@ def test_the_context_is_counted_to_the_token(policies: dict[str, Any]) -> None:
     assert too_long(policy, lengths, sizes, sampling) == {item for item, n in lengths.items() if n > 2048}
 
 
-ODD_PROMPTS = {
-    "long": "a red cat and " * 715,
+LONG = {"long": "a red cat and " * 715}
+ODD_PROMPTS = LONG | {
     "empty": "",
     "control": "a\x00b\x01\x1b[31m\x7f\r\n\t\u200b\u2028\ufeff",
     "emoji": "🐈‍⬛ 👩🏽‍🚀 🏳️‍🌈",
     "right_to_left": "\u202eחתול אדום\u202c قطة حمراء",
     "special": "<|im_end|>\n<|im_start|>assistant\n<think>x</think><answer>7</answer>",
     "images": "<|vision_start|><|image_pad|><|vision_end|><|video_pad|>" * 3,
+    "single": "a cat",
 }
 
 
-def odd_inputs(folder: Path, base_manifest: Path, with_sidecar: Any, split: str) -> dict[str, Path]:
+def odd_inputs(
+    folder: Path, base_manifest: Path, with_sidecar: Any, split: str, prompts: dict[str, str] = ODD_PROMPTS
+) -> dict[str, Path]:
     """A subset of odd prompts, a single-image prompt and a tied one, with images of odd shapes."""
     rows, images = [], []
-    for position, (name, prompt) in enumerate([*ODD_PROMPTS.items(), ("single", "a cat")]):
+    for position, (name, prompt) in enumerate(prompts.items()):
         shapes = {"0": (1, 1), "1": (200, 1), "2": (30, 40)} if name != "single" else {"0": (30, 30)}
         for place, size in shapes.items():
             data = encoded(Image.new("RGB", size))
@@ -231,7 +234,7 @@ def test_rollouts_of_odd_prompts(
     sidecar = run_main("generate_rollouts", config, **inputs, output=tmp_path / "rollouts.parquet")
     judged = set(pq.read_table(tmp_path / "rollouts.parquet")["prompt_id"].to_pylist())
     pairs = track == "hpsv2"
-    assert judged == {*ODD_PROMPTS, "single"} - {"long"} - ({"single"} if pairs else set())
+    assert judged == set(ODD_PROMPTS) - {"long"} - ({"single"} if pairs else set())
     total = 14 if pairs else 22
     left_out = 2 if pairs else 3
     assert sidecar["warnings"] == [
@@ -261,29 +264,67 @@ def test_rollouts_of_odd_prompts(
     assert {cell["pairs"] for cell in record["cells"] if rules.items() <= cell.items()} == {15.0}
 
 
+def training_files(train: dict[str, Path], validation: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """Files of a training."""
+    return {
+        "base": train["base"],
+        "train": train["subset"],
+        "train_images": train["images"],
+        "validation": validation["subset"],
+        "validation_images": validation["images"],
+        "adapter": folder / "adapter_model.safetensors",
+        "adapter_config": folder / "adapter_config.json",
+        "record": folder / "training.json",
+        "checkpoints": folder / "checkpoints",
+    }
+
+
 def test_training_on_odd_prompts(base_manifest: Path, run_main: Any, with_sidecar: Any, tmp_path: Path) -> None:
     """The long prompt is left out with a warning; all others go through a real GRPO step and validation."""
     train, validation = (odd_inputs(tmp_path, base_manifest, with_sidecar, split) for split in ("train", "validation"))
     small = {"steps": 2, "prompts_per_step": 8, "group_size": 2, "validate_every": 2, "warmup_steps": 0}
     small |= {"max_completion_tokens": 8, "gradient_accumulation": 1}
-    sidecar = run_main(
-        "train_grpo",
-        TrainGrpo.of(load({"training": {"imagereward": small}}), "imagereward", 0),
-        base=train["base"],
-        train=train["subset"],
-        train_images=train["images"],
-        validation=validation["subset"],
-        validation_images=validation["images"],
-        adapter=tmp_path / "adapter_model.safetensors",
-        adapter_config=tmp_path / "adapter_config.json",
-        record=tmp_path / "training.json",
-        checkpoints=tmp_path / "checkpoints",
-    )
+    config = TrainGrpo.of(load({"training": {"imagereward": small}}), "imagereward", 0)
+    sidecar = run_main("train_grpo", config, **training_files(train, validation, tmp_path))
     assert sidecar["metrics"]["training_items"] == 19
     assert [w for w in sidecar["warnings"] if "longer" in w] == [
         f"3 of 22 {split} questions are longer than the policy's context and are left out, such as long"
         for split in ("train", "validation")
     ]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_training_without_a_question_is_refused(
+    split: str, base_manifest: Path, run_main: Any, with_sidecar: Any, tmp_path: Path
+) -> None:
+    chosen = {"train": ODD_PROMPTS, "validation": ODD_PROMPTS} | {split: LONG}
+    train, validation = (odd_inputs(tmp_path, base_manifest, with_sidecar, name, chosen[name]) for name in chosen)
+    with pytest.raises(SchemaError, match=rf"{split}\.parquet: no {split} question is left; check the subset"):
+        run_main(
+            "train_grpo",
+            TrainGrpo.of(Configuration(), "imagereward", 0),
+            **training_files(train, validation, tmp_path),
+        )
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("track", ["imagereward", "hpsv2"])
+@pytest.mark.parametrize("shard", [0, 1], ids=["too long", "beyond the end"])
+def test_a_test_set_without_a_question_is_refused(
+    track: Any, shard: int, base_manifest: Path, run_main: Any, with_sidecar: Any, tmp_path: Path
+) -> None:
+    """A shard may come out empty; with all of them empty there is nothing to score."""
+    inputs = odd_inputs(tmp_path, base_manifest, with_sidecar, "test", LONG)
+    config = GenerateRollouts.of(Configuration(), track, "zeroshot", "imagereward", 0, shard, 0)
+    sidecar = run_main("generate_rollouts", config, **inputs, output=tmp_path / "rollouts.parquet")
+    assert sidecar["metrics"]["rollouts"] == 0 and len(sidecar["warnings"]) == (shard == 0)
+    with pytest.raises(SchemaError, match=rf"{tmp_path} holds no rollout: .*choose other test data or another policy"):
+        run_main(
+            "score_rollouts",
+            ScoreRollouts.of(Configuration(), track, "zeroshot", "imagereward", 0),
+            positional=(tmp_path / "rollouts.parquet",),
+            output=tmp_path / "scores.parquet",
+        )
 
 
 # ------------------------------------------------------------------------------------------------- what the user sees

@@ -586,10 +586,12 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(
         time.sleep(0.05)
     # A second process must not write beside the first.
     process.send_signal(signal.SIGSTOP)
-    second = start_training(training_inputs, killed)
-    assert "another process trains this already" in second.communicate(timeout=300)[1]
-    process.kill()
-    process.communicate()
+    try:
+        second = start_training(training_inputs, killed)
+        assert "adapter_model.safetensors is being made by another process" in second.communicate(timeout=300)[1]
+    finally:
+        process.kill()
+        process.communicate()
     assert not (killed / "adapter_model.safetensors").exists()
     finished(start_training(training_inputs, killed))
 

@@ -54,6 +54,7 @@ def by_module(page: str) -> dict[str, dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
+@pytest.mark.cases(len(list(leaves(Configuration()))))
 def test_the_page_is_what_dry_runs_say(workflow: Workflow, page: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "workflow_scripts.rerun_matrix", "--output", str(tmp_path / "reruns.md")]
     subprocess.run(command, cwd=workflow.folder, env=environment(), check=True)
@@ -196,13 +197,14 @@ def rerun_by_code(workflow: Workflow, folder: Path, names: list[str]) -> dict[st
 
 
 SOME = ["rewards", "scoring.bootstrap", "scoring.pair_accuracy", "select_subset"]
+OTHERS = [module for module in modules() if module not in SOME]
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(SOME, id="some"),
-        pytest.param([m for m in modules() if m not in SOME], id="others", marks=pytest.mark.slow),
+        pytest.param(SOME, id="some", marks=pytest.mark.cases(len(SOME))),
+        pytest.param(OTHERS, id="others", marks=[pytest.mark.slow, pytest.mark.cases(len(OTHERS))]),
     ],
 )
 def test_a_change_of_code_reruns_what_the_page_says(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workflow_scripts.configuration import Hpdv2World, ImageRewardWorld, Split
+from workflow_scripts.configuration import ConfigurationError, Hpdv2World, ImageRewardWorld, Split
 from workflow_scripts.preferences.synthetic_annotators import (
     HPDV2_NOISE,
     IMAGEREWARD_NOISE,
@@ -90,7 +90,7 @@ def prompts(dataset: Literal["imagereward", "hpsv2"], seed: int, split: Split, c
         tests: number of test prompts, whose texts leak into the training split.
 
     Raises:
-        ValueError: the world has not that many prompt texts.
+        ConfigurationError: the world has not that many prompt texts.
     """
     leaked = prompts(dataset, seed, "test", tests, 0) if split == "train" else []
     chosen: list[Prompt] = []
@@ -111,8 +111,9 @@ def prompts(dataset: Literal["imagereward", "hpsv2"], seed: int, split: Split, c
             if fits and text not in taken:
                 break
         else:
-            raise ValueError(
-                f"the synthetic world has no {count} different prompts for {dataset}'s {split} split; ask for fewer"
+            raise ConfigurationError(
+                f"datasets.{dataset}.synthetic.{split}_prompts: the synthetic world has no {count} different prompts "
+                f"for {dataset}'s {split} split, only {index}; ask for fewer"
             )
         taken.add(text)
         chosen.append(prompt)

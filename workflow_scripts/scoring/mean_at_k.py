@@ -6,6 +6,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
+class TooFewRolloutsError(ValueError):
+    """More rollouts are asked for than are recorded: names both and the remedy."""
+
+
 def fill_missing(scores: ArrayLike, neutral: float) -> NDArray[np.float64]:
     """Replace missing scores by one that prefers nothing: 4 on the rating scale, 0.5 for a probability.
 
@@ -33,12 +37,15 @@ def subset_means(scores: ArrayLike, k: int) -> NDArray[np.float64]:
         (C(K, k), N) float64, subsets in lexicographic order. Missing scores are left out of the mean; nan if all are.
 
     Raises:
-        ValueError: k < 1, or k exceeds the recorded rollouts.
+        TooFewRolloutsError: k < 1, or k exceeds the recorded rollouts.
     """
     scores = np.asarray(scores, dtype=np.float64)
     rollouts = scores.shape[1]
     if not 1 <= k <= rollouts:
-        raise ValueError(f"Mean@{k} needs 1 <= k <= {rollouts}, the number of recorded rollouts; record more rollouts")
+        raise TooFewRolloutsError(
+            f"Mean@{k} needs 1 <= k <= {rollouts}, the number of recorded rollouts; record more rollouts "
+            "(rollouts.blocks) or report a smaller k (scoring.report_k)"
+        )
     chosen = scores.T[list(combinations(range(rollouts), k))]  # (C(K, k), k, N)
     present = ~np.isnan(chosen)
     count = present.sum(axis=1)

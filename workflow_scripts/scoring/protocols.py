@@ -65,7 +65,8 @@ def prompt_credit(
         and fractional where some subsets drop a pair and others do not.
 
     Raises:
-        ValueError: the sequences differ in length, or k is not within 1..K.
+        ValueError: the sequences differ in length.
+        TooFewRolloutsError: k is not within 1..K.
     """
     correct = np.zeros(len(scores_by_prompt))
     pairs = np.zeros(len(scores_by_prompt))
