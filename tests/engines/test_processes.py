@@ -188,7 +188,7 @@ def test_strategies_that_would_do_nothing_are_refused(strategy: str, device: str
 
 
 def test_processes_share_the_completions_of_a_step_evenly(tmp_path: Path) -> None:
-    training = {"imagereward": {"prompts_per_step": 6, "group_size": 4, "gradient_accumulation": 2}}
+    training = {"imagereward": {"prompts_per_step": 12, "group_size": 2, "gradient_accumulation": 2}}
     for processes in (1, 2, 3, 4, 6, 12):
         c = load({"training": training, "tracks": ["imagereward"], "distributed": {"processes": processes}})
         given = grpo_config(TrainGrpo.of(c, "imagereward", 0), tmp_path, resumed=False)
