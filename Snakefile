@@ -32,7 +32,6 @@ configuration = configurations.load(config)
 os.environ.update(stage_environment(configuration))
 RESULTS = configuration.results
 DOWNLOADS = configuration.downloads
-RESOURCES = {"gpu": int(configuration.policy.device == "cuda")}
 LOCK = Lock.of_results(Path(RESULTS))
 
 

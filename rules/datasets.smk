@@ -10,6 +10,8 @@ rule synthesize_dataset:
         f"{RESULTS}/logs/synthesize_dataset/{{dataset}}.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "synthesize_dataset"),
     params:
         config=lambda w: stages.SynthesizeDataset.of(
             configuration, w.dataset
@@ -28,6 +30,8 @@ rule download_dataset:
         f"{RESULTS}/logs/download_dataset/{{dataset}}.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "download_dataset"),
     params:
         config=lambda w: stages.DownloadDataset.of(configuration, w.dataset).canonical(),
         code=code_digest("download_dataset"),
@@ -46,6 +50,8 @@ rule read_annotations:
         f"{RESULTS}/logs/read_annotations/{{dataset}}-{{split}}.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "read_annotations"),
     params:
         config=lambda w: stages.ReadAnnotations.of(
             configuration, w.dataset, w.split
@@ -67,6 +73,8 @@ rule select_training_subset:
         f"{RESULTS}/logs/select_subset/{{dataset}}-train.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "select_training_subset"),
     params:
         config=lambda w: stages.SelectSubset.of(
             configuration, w.dataset, "train"
@@ -90,6 +98,8 @@ rule select_validation_subset:
         f"{RESULTS}/logs/select_subset/{{dataset}}-validation.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "select_validation_subset"),
     params:
         config=lambda w: stages.SelectSubset.of(
             configuration, w.dataset, "validation"
@@ -111,6 +121,8 @@ rule order_test_prompts:
         f"{RESULTS}/logs/select_subset/{{dataset}}-test.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "order_test_prompts"),
     params:
         config=lambda w: stages.SelectSubset.of(
             configuration, w.dataset, "test"
@@ -135,6 +147,8 @@ rule read_images:
         f"{RESULTS}/benchmarks/read_images/{{dataset}}-{{split}}-{{shard}}.tsv"
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "read_images"),
     params:
         config=lambda w: stages.ReadImages.of(
             configuration, w.dataset, w.split, int(w.shard)

@@ -12,6 +12,8 @@ rule cold_start_policy:
     conda:
         "../envs/softpref.yaml"
     threads: configuration.numeric_threads
+    resources:
+        **stages.job_resources(configuration, "cold_start_policy"),
     params:
         config=lambda w: stages.ColdStartPolicy.of(configuration).canonical(),
         code=code_digest("cold_start_policy"),
@@ -35,6 +37,8 @@ rule prepare_base_policy:
         f"{RESULTS}/logs/prepare_base_policy.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "prepare_base_policy"),
     params:
         config=lambda w: stages.PrepareBasePolicy.of(configuration).canonical(),
         code=code_digest("prepare_base_policy"),

@@ -20,7 +20,7 @@ rule generate_rollouts:
         "../envs/softpref.yaml"
     threads: configuration.numeric_threads
     resources:
-        **RESOURCES,
+        **stages.job_resources(configuration, "generate_rollouts"),
     params:
         config=lambda w: stages.GenerateRollouts.of(
             configuration,
@@ -33,7 +33,8 @@ rule generate_rollouts:
         ).canonical(),
         code=code_digest("generate_rollouts", configuration.rollouts.engine),
     shell:
-        "python -m workflow_scripts.generate_rollouts --base {input.base}"
+        f"{stages.launcher(configuration, 'generate_rollouts')} -m workflow_scripts.generate_rollouts"
+        " --base {input.base}"
         " $(test -z '{input.adapter}' || echo --adapter {input.adapter})"
         " --subset {input.subset} --images {input.images} --output {output.rollouts}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"

@@ -15,6 +15,8 @@ rule score_rollouts:
         f"{RESULTS}/logs/score_rollouts/{{track}}-{{policy}}-seed{{seed}}-{{test}}.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "score_rollouts"),
     params:
         config=lambda w: stages.ScoreRollouts.of(
             configuration, w.track, w.policy, w.test, int(w.seed)
@@ -38,6 +40,8 @@ rule measure_accuracy:
         f"{RESULTS}/logs/measure_accuracy/{{track}}-{{policy}}-seed{{seed}}-{{test}}.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "measure_accuracy"),
     params:
         config=lambda w: stages.MeasureAccuracy.of(
             configuration, w.track, w.policy, w.test, int(w.seed)

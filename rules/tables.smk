@@ -43,6 +43,8 @@ rule make_tables:
         f"{RESULTS}/logs/make_tables.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "make_tables"),
     params:
         config=lambda w: stages.MakeTables.of(configuration).canonical(),
         code=code_digest("make_tables"),

@@ -20,16 +20,17 @@ rule train_grpo:
     priority: 10  # the longest jobs start before the zero-shot rollouts, which fill the cores beside them
     conda:
         "../envs/softpref.yaml"
-    threads: configuration.numeric_threads
+    threads: configuration.numeric_threads * configuration.distributed.processes
     resources:
-        **RESOURCES,
+        **stages.job_resources(configuration, "train_grpo"),
     params:
         config=lambda w: stages.TrainGrpo.of(
             configuration, w.track, int(w.seed)
         ).canonical(),
         code=code_digest("train_grpo", "transformers"),
     shell:
-        "python -m workflow_scripts.train_grpo --base {input.base} --train {input.train}"
+        f"{stages.launcher(configuration, 'train_grpo')} -m workflow_scripts.train_grpo"
+        " --base {input.base} --train {input.train}"
         " --train_images {input.train_images} --validation {input.validation}"
         " --validation_images {input.validation_images} --adapter {output.adapter}"
         " --adapter_config {output.adapter_config} --record {output.record}"

@@ -1,9 +1,11 @@
 """What several test files need: the bundled policy, pictures to show it, and stages run in this process."""
 
 import importlib
+import io
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 from PIL import Image
 
 from workflow_scripts.policy.manifest import model_files
-from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
+from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
+from workflow_scripts.preferences.synthetic_scenes import HUMAN, draw, sample_prompt, sample_scene
 from workflow_scripts.provenance import ROOT, described, sidecar_path, write_json
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -107,3 +110,45 @@ def with_sidecar() -> Callable[..., Path]:
         return output
 
     return write
+
+
+@pytest.fixture(scope="session")
+def image_rows() -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+    """Return a function that makes rows of an images table."""
+
+    def rows(pictures: dict[str, Any]) -> list[dict[str, Any]]:
+        found = []
+        for name, picture in pictures.items():
+            file = io.BytesIO()
+            picture.save(file, "WEBP", lossless=True)
+            found.append({"image_id": name, "bytes": file.getvalue(), "width": picture.width, "height": picture.height})
+        return found
+
+    return rows
+
+
+@pytest.fixture
+def training_inputs(tmp_path: Path, base_manifest: Path, with_sidecar: Any, image_rows: Any) -> dict[str, Path]:
+    """Return small training and validation splits of rated pictures, and the bundled policy."""
+    from workflow_scripts.policy.cold_start import rating, scenes_of_prompt
+
+    shutil.copyfile(base_manifest, tmp_path / "manifest.json")
+    files = {"base": with_sidecar(tmp_path / "manifest.json")}
+    rng = random.Random(0)
+    for split, prompts in {"train": 8, "validation": 4}.items():
+        rows, pictures = [], {}
+        for number in range(prompts):
+            drawn = scenes_of_prompt(rng)
+            names = [f"{split}-{number}-{i}" for i in range(len(drawn))]
+            pictures |= dict(zip(names, map(draw, drawn), strict=True))
+            utilities = [HUMAN.utility(scene) for scene in drawn]
+            row = {"prompt_id": f"{split}{number}", "prompt": drawn[0].prompt, "position": number, "image_ids": names}
+            row |= {"archives": ["z"] * len(names), "ratings": [rating(utility) for utility in utilities]}
+            rows.append(
+                dict.fromkeys(SUBSET.names) | row | {"ranks": [1 + sum(v > u for v in utilities) for u in utilities]}
+            )
+        write_preferences(tmp_path / f"{split}.parquet", rows, SUBSET)
+        write_images(tmp_path / f"{split}_images.parquet", image_rows(pictures))
+        files[split] = with_sidecar(tmp_path / f"{split}.parquet")
+        files[f"{split}_images"] = with_sidecar(tmp_path / f"{split}_images.parquet")
+    return files

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from workflow_scripts.configuration import Configuration, load
+from workflow_scripts.configuration import Configuration, Resources, load
 from workflow_scripts.configuration_reference import generated_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,7 +142,9 @@ def test_local_links_lead_somewhere(page: str) -> None:
             assert anchor in heading_anchors(linked.read_text(encoding="utf-8")), f"{page} links to {target}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/provenance.md", "docs/published-data.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/method.md", "docs/provenance.md", "docs/published-data.md", "docs/cluster.md"]
+)
 def test_keys_that_pages_name_exist(page: str, defaults: dict[str, Any]) -> None:
     """`section.key` in backquotes is a key of the configuration; a star stands for either data set."""
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -155,6 +157,13 @@ def test_keys_that_pages_name_exist(page: str, defaults: dict[str, Any]) -> None
             else:
                 sections = [section[part] for section in sections if part in section]
             assert sections, f"{page} names the key {name}"
+
+
+def test_every_rule_asks_for_the_resources_of_the_configuration() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("rules/*.smk")))
+    rules = re.findall(r"^rule (\w+):", text, re.M)
+    assert re.findall(r'stages\.job_resources\(configuration, "(\w+)"\)', text) == rules
+    assert set(Resources.model_fields) - {"others"} <= set(rules)
 
 
 def test_bundled_model_is_small() -> None:

@@ -63,7 +63,7 @@ def tell_briefly(kind: type[BaseException], error: BaseException, trace: Traceba
 
     The traceback is attached to the stage's MLflow run; an error of any other kind is printed with it here.
     """
-    if kind.__module__.split(".")[0] == __package__:
+    if kind.__module__.split(".")[0] in (__package__, "__main__"):  # a stage's own kinds are the main module's
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

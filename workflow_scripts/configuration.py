@@ -302,6 +302,15 @@ class TrainingByTrack(Section):
     hpsv2: PairwiseTraining = PairwiseTraining()
 
 
+class Distributed(Section):
+    """Several processes of one training, on one machine; see docs/cluster.md."""
+
+    processes: int = Field(1, ge=1)
+    """Processes of one training, each with a GPU of its own (or on CPU); they share a step's completions."""
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """What they hold: ddp each all of the model, fsdp a part of it; deepspeed shares gradients and optimizer only."""
+
+
 class Sampling(Section):
     """How one rollout is sampled; the model's own generation_config is ignored."""
 
@@ -395,6 +404,27 @@ class Tracking(Section):
         return value
 
 
+class JobResources(Section):
+    """What one job of a rule asks of the machine."""
+
+    memory_gigabytes: float = Field(gt=0)
+    """Main memory, not the GPU's."""
+    minutes: int = Field(ge=1)
+    """Time limit."""
+
+
+class Resources(Section):
+    """What a cluster reserves for one job; no key of this section reruns anything. GPUs follow from `policy.device`."""
+
+    download_dataset: JobResources = JobResources(memory_gigabytes=4, minutes=1440)
+    read_images: JobResources = JobResources(memory_gigabytes=4, minutes=240)
+    cold_start_policy: JobResources = JobResources(memory_gigabytes=4, minutes=240)
+    train_grpo: JobResources = JobResources(memory_gigabytes=4, minutes=240)
+    generate_rollouts: JobResources = JobResources(memory_gigabytes=4, minutes=240)
+    others: JobResources = JobResources(memory_gigabytes=2, minutes=60)
+    """All rules that have no section of their own."""
+
+
 class Configuration(Section):
     """Root of the configuration."""
 
@@ -414,9 +444,11 @@ class Configuration(Section):
     policy: Policy = Policy()
     prompts: Prompts = Prompts()
     training: TrainingByTrack = TrainingByTrack()
+    distributed: Distributed = Distributed()
     rollouts: Rollouts = Rollouts()
     scoring: Scoring = Scoring()
     tracking: Tracking = Tracking()
+    resources: Resources = Resources()
 
     @field_validator("seeds")
     @classmethod
@@ -433,6 +465,21 @@ class Configuration(Section):
                 f"scoring.report_k asks for Mean@{max(self.scoring.report_k)} but rollouts.blocks x "
                 f"rollouts.block_size records {recorded}; record more blocks or report a smaller k"
             )
+        processes, strategy = self.distributed.processes, self.distributed.strategy
+        if strategy != "ddp" and (self.policy.device == "cpu" or processes == 1):
+            raise ValueError(
+                f"distributed.strategy {strategy} needs policy.device cuda and distributed.processes of 2 or more: on "
+                "CPU, or in one process, accelerate would silently do without it; set it to ddp"
+            )
+        for track in self.tracks:
+            t: Training = getattr(self.training, track)
+            part = t.prompts_per_step * t.group_size // t.gradient_accumulation
+            if part % processes:
+                raise ValueError(
+                    f"distributed.processes {processes} does not divide the {part} completions that "
+                    f"training.{track} passes through the model at once (prompts_per_step x group_size / "
+                    "gradient_accumulation)"
+                )
         for cross in self.cross_tests:
             if cross.track not in self.tracks or cross.test == cross.track:
                 raise ValueError(

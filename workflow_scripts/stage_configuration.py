@@ -14,6 +14,7 @@ from workflow_scripts.configuration import (
     Configuration,
     CrossTest,
     Dataset,
+    Distributed,
     Hpdv2Hub,
     Hpdv2World,
     ImageRewardHub,
@@ -191,11 +192,18 @@ class TrainGrpo(StageConfig):
     seed: int
     model: ModelConfig
     training: PairwiseTraining | PointwiseTraining
+    distributed: Distributed | None = None
 
     @classmethod
     def of(cls, c: Configuration, track: Track, seed: int) -> Self:
-        """Select from the configuration."""
-        return cls(track=track, seed=seed, model=ModelConfig.of(c, track), training=getattr(c.training, track))
+        """Select from the configuration; several processes sum in another order, so their number counts."""
+        return cls(
+            track=track,
+            seed=seed,
+            model=ModelConfig.of(c, track),
+            training=getattr(c.training, track),
+            distributed=c.distributed if c.distributed.processes > 1 else None,
+        )
 
 
 class GenerateRollouts(StageConfig):
@@ -336,6 +344,25 @@ def same_instance(c: Configuration, stage: str, recorded: dict[str, Any]) -> Sta
     _, *instance = inspect.signature(model.of).parameters
     found: StageConfig = model.of(c, **{name: recorded[name] for name in instance})
     return found
+
+
+def job_resources(c: Configuration, rule: str) -> dict[str, int]:
+    """What Snakemake and a cluster reserve for a job of a rule: GPUs, `mem_mb` and `runtime` in minutes."""
+    asked = getattr(c.resources, rule, c.resources.others)
+    return {"gpu": gpus(c, rule), "mem_mb": round(1000 * asked.memory_gigabytes), "runtime": asked.minutes}
+
+
+def gpus(c: Configuration, rule: str) -> int:
+    """GPUs that a job of a rule uses."""
+    return {"train_grpo": c.distributed.processes, "generate_rollouts": 1}.get(rule, 0) * (c.policy.device == "cuda")
+
+
+def launcher(c: Configuration, rule: str) -> str:
+    """What starts the interpreter of a rule's stage: GPUs of its own, and as many processes as it asks for."""
+    several = rule == "train_grpo" and c.distributed.processes > 1
+    processes = f"torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node {c.distributed.processes}"
+    taken = f"python -m workflow_scripts.take_gpus {gpus(c, rule)} " if gpus(c, rule) else ""
+    return taken + (processes if several else "python")
 
 
 def shard_range(c: Configuration, test: Dataset, shard: int) -> tuple[int, int]:

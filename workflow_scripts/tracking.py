@@ -151,13 +151,24 @@ class Run:
 def run_stage(arguments: StageArguments) -> Iterator[Run]:
     """Run the body of a stage with verified inputs, an open MLflow run, and a sidecar at the end.
 
+    Of several processes (torchrun) the first does so; the others get a run that knows its `stage_key` and records
+    nothing. What they write is what the body lets them write.
+
     Raises:
         LockedError: another process is making the same output.
         ProvenanceError: an input does not match its sidecar.
     """
     redact_output()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    first = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if first else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a cancelled stage closes its run
+    if not first:
+        run = Run("", {})
+        run.inputs = _verified(arguments)
+        run.stage_key = _stage_key(arguments, run.inputs)
+        yield run
+        return
     with Lock.of_output(_outputs(arguments)[0]), _recorded(arguments) as run:
         yield run
 
@@ -165,9 +176,7 @@ def run_stage(arguments: StageArguments) -> Iterator[Run]:
 @contextlib.contextmanager
 def _recorded(arguments: StageArguments) -> Iterator[Run]:
     started = time.time()
-    stage = Path(inspect.getfile(type(arguments))).stem
-    config = arguments.config.model_dump(mode="json")  # type: ignore[attr-defined]
-    code = arguments.code_digest or provenance.code_digest(stage, config.get("engine", "transformers"))
+    stage, config, code = _identity(arguments)
     run = Run("", {})
     record: dict[str, Any] = {
         "stage": stage,
@@ -180,18 +189,15 @@ def _recorded(arguments: StageArguments) -> Iterator[Run]:
         "versions": provenance.versions(),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds"),
     }
-    given = arguments.files("input")
     try:
-        verified: dict[Path, Any] = {}
-        run.inputs = {str(path): provenance.verify_chain(path, verified) for group in given.values() for path in group}
+        run.inputs = _verified(arguments)
     except provenance.ProvenanceError:
         run.open(record)
         _fail(run, arguments.log_file)
         raise
-    record["inputs"] = inputs = {p: s["outputs"][Path(p).name]["sha256"] for p, s in run.inputs.items()}
+    record["inputs"] = _digests(run.inputs)
     record["upstream_runs"] = sorted({s["mlflow_run_id"] for s in run.inputs.values() if s["mlflow_run_id"]})
-    by_argument = {argument: [inputs[str(path)] for path in group] for argument, group in given.items()}
-    run.stage_key = record["stage_key"] = provenance.stage_key(stage, config, by_argument, code)
+    run.stage_key = record["stage_key"] = _stage_key(arguments, run.inputs)
     run.open(record)
     try:
         log.info("%s, stage_key %s", instance_name(record), run.stage_key)
@@ -217,6 +223,32 @@ def _recorded(arguments: StageArguments) -> Iterator[Run]:
         log.warning(
             "the result is complete but not in MLflow; to log it: python -m workflow_scripts.log_runs RESULTS_FOLDER"
         )
+
+
+def _identity(arguments: StageArguments) -> tuple[str, dict[str, Any], str]:
+    """Stage, configuration and code digest of what these arguments run."""
+    stage = Path(inspect.getfile(type(arguments))).stem
+    config = arguments.config.model_dump(mode="json")  # type: ignore[attr-defined]
+    return stage, config, arguments.code_digest or provenance.code_digest(stage, config.get("engine", "transformers"))
+
+
+def _verified(arguments: StageArguments) -> dict[str, Any]:
+    """Sidecar of each input path, everything checked against it."""
+    seen: dict[Path, Any] = {}
+    paths = [path for group in arguments.files("input").values() for path in group]
+    return {str(path): provenance.verify_chain(path, seen) for path in paths}
+
+
+def _digests(sidecars: dict[str, Any]) -> dict[str, str]:
+    return {path: sidecar["outputs"][Path(path).name]["sha256"] for path, sidecar in sidecars.items()}
+
+
+def _stage_key(arguments: StageArguments, sidecars: dict[str, Any]) -> str:
+    stage, config, code = _identity(arguments)
+    digests = _digests(sidecars)
+    given = arguments.files("input")
+    by_argument = {argument: [digests[str(path)] for path in group] for argument, group in given.items()}
+    return provenance.stage_key(stage, config, by_argument, code)
 
 
 def finish(run: Run, record: dict[str, Any], output: Path, log_file: Path | None) -> None:

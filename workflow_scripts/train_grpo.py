@@ -11,11 +11,15 @@ python -m workflow_scripts.train_grpo --base results/policies/base/manifest.json
     --checkpoints results/checkpoints --config '{"track": "imagereward", "seed": 0, "model": {…}, "training": {…}}'
 
 The run goes on from its last complete checkpoint in `<checkpoints>/<stage_key>` after a kill.
+
+With `distributed` in the configuration it is started by torchrun, once in each process:
+torchrun --standalone --nproc-per-node 2 -m workflow_scripts.train_grpo …
 """
 
 import json
 import math
 import shutil
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +28,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig
 from PIL import Image
 from transformers import TrainerCallback
@@ -46,6 +51,12 @@ from workflow_scripts.tracking import Run, run_stage
 
 REWARDS = {"format": format_reward, "exact": exact_reward, "approximate": approximate_reward}
 BEST = "eval_soft_pair_accuracy"
+# Class that the model in training is an instance of; PeftModel alone is what one process trains.
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp": "FSDPModule", "deepspeed": "DeepSpeedEngine"}
+
+
+class ProcessesError(RuntimeError):
+    """The processes of a training are not what its configuration asks for: names both and the remedy."""
 
 
 class Arguments(StageArguments):
@@ -164,14 +175,55 @@ class CurvesToRun(TrainerCallback):
         self.run.metrics({k: v for k, v in entry.items() if k != "step" and isinstance(v, int | float)}, step=step)
 
 
+class InEffect(TrainerCallback):
+    """Refuses to train a model that is not wrapped as asked: accelerate falls back to something else in silence."""
+
+    def __init__(self, trainer: GRPOTrainer, strategy: str | None) -> None:
+        """`strategy` is None for a single process."""
+        self.trainer = trainer
+        self.wanted = WRAPPERS[strategy] if strategy else "PeftModel"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare the classes.
+
+        Raises:
+            ProcessesError: the wrapper is another one.
+        """
+        found = type(self.trainer.model_wrapped)
+        if self.wanted not in [cls.__name__ for cls in found.__mro__]:
+            raise ProcessesError(
+                f"the model in training is a {found.__name__}, but `distributed` asks for a {self.wanted}; set "
+                "distributed.strategy to ddp, or, for one process, CUDA_VISIBLE_DEVICES to one GPU"
+            )
+
+
+def distributed_settings(config: TrainGrpo) -> dict[str, Any]:
+    """TRL's settings for several processes. LoRA's base weights are frozen, so ZeRO's second stage shares what it can.
+
+    Every adapter weight has a gradient in every step, so DDP need not look for those without.
+    """
+    strategy = config.distributed.strategy if config.distributed else None
+    if strategy == "ddp":
+        return {"ddp_find_unused_parameters": False}
+    if strategy == "fsdp":
+        return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    if strategy == "deepspeed":
+        keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        zero = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+        return {"deepspeed": zero | dict.fromkeys(keys, "auto")}
+    return {}
+
+
 def grpo_config(config: TrainGrpo, folder: Path, resumed: bool) -> GRPOConfig:
     """TRL's settings for ours; what they mean in the paper's symbols is in docs/method.md."""
     t: Training = config.training
     completions = t.prompts_per_step * t.group_size
+    processes = config.distributed.processes if config.distributed else 1
     return GRPOConfig(
+        **distributed_settings(config),
         output_dir=str(folder),
         max_steps=t.steps,
-        per_device_train_batch_size=completions // t.gradient_accumulation,
+        per_device_train_batch_size=completions // t.gradient_accumulation // processes,
         per_device_eval_batch_size=t.group_size,
         gradient_accumulation_steps=t.gradient_accumulation,
         num_generations=t.group_size,
@@ -209,15 +261,20 @@ def grpo_config(config: TrainGrpo, folder: Path, resumed: bool) -> GRPOConfig:
     )
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to the end: the trainer's state is written last."""
+def last_complete_checkpoint(folder: Path, processes: int = 1) -> Path | None:
+    """The newest checkpoint that was written to the end: the trainer's state is written last.
+
+    Of several processes each writes its random state by itself, perhaps later; a zip archive, readable only if whole.
+    """
     complete = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):
         try:
             json.loads(state.read_text())
         except ValueError:
             continue
-        complete.append(state.parent)
+        random_states = [state.with_name(f"rng_state_{rank}.pth") for rank in range(processes)]
+        if processes == 1 or all(path.is_file() and zipfile.is_zipfile(path) for path in random_states):
+            complete.append(state.parent)
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
@@ -228,6 +285,18 @@ def main() -> None:
     with run_stage(arguments) as run:
         folder = arguments.checkpoints / run.stage_key
         folder.mkdir(parents=True, exist_ok=True)
+        strategy, processes = None, 1
+        if config.distributed:
+            strategy, processes = config.distributed.strategy, config.distributed.processes
+        checkpoint = last_complete_checkpoint(folder, processes)
+        # First of all, since it also gives this process its GPU.
+        settings = grpo_config(config, folder, resumed=checkpoint is not None)
+        if settings.world_size != processes:
+            raise ProcessesError(
+                f"the configuration asks for {processes} processes, but this is one of {settings.world_size}; start "
+                f"it by torchrun --standalone --nproc-per-node {processes} -m workflow_scripts.train_grpo"
+            )
+        rank = settings.process_index
         answers = ANSWERS[config.model.protocol]
         subsets = {"train": arguments.train, "validation": arguments.validation}
         rows = {split: read_table(path, SUBSET).to_pylist() for split, path in subsets.items()}
@@ -276,18 +345,24 @@ def main() -> None:
             return reward
 
         def validate(model: Any) -> dict[str, float]:
+            # Where each process has all of the model it validates its share. With fsdp every forward pass is one of all
+            # processes together: each validates everything, in step with the others.
+            shared = processes > 1 and strategy != "fsdp"
+            mine = validation[rank::processes] if shared else validation
             rollouts = list(
                 generate(
                     as_policy(model, processor, config.model),
-                    [item for item, _ in validation],
-                    {name: read_image["validation"](name) for item, _ in validation for name in item.image_ids},
+                    [item for item, _ in mine],
+                    {name: read_image["validation"](name) for item, _ in mine for name in item.image_ids},
                     rollouts=t.validation_rollouts,
                     first_k=0,
                     sampling=sampling,
                     batch_items=t.prompts_per_step * t.group_size // 2,
-                    seed=f"validation {config.seed}",
+                    seed=f"validation {config.seed}" + (f" rank {rank}" if shared and rank else ""),
                 )
             )
+            if shared:
+                rollouts = gather_object(rollouts)
             counts = Counter(str(rollout["sampled_answer"]) for rollout in rollouts)
             return {
                 BEST: soft_pair_accuracy(rollouts, rows["validation"], config),
@@ -303,20 +378,22 @@ def main() -> None:
             target_modules=t.lora.target_modules,
             task_type="CAUSAL_LM",
         )
-        checkpoint = last_complete_checkpoint(folder)
         table = datasets.Dataset.from_dict({"item": list(range(len(items)))}).with_transform(example)
         trainer = ValidatingTrainer(
             model=base,
             processing_class=processor,
             reward_funcs=[trl_reward(name) for name in type(t.rewards).model_fields],
-            args=grpo_config(config, folder, resumed=checkpoint is not None),
+            args=settings,
             train_dataset=table,
             eval_dataset=table.select([0]),  # asked for by the trainer; `validate` brings its own items
             peft_config=lora,
             callbacks=[CurvesToRun(run)],
         )
+        trainer.add_callback(InEffect(trainer, strategy))
         trainer.validate = validate
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not trainer.is_world_process_zero():
+            return
 
         if trainer.state.best_model_checkpoint is None:
             raise SchemaError(

@@ -1,11 +1,9 @@
 """Stages from training to tables: on hand-made inputs whose numbers can be checked by hand, or by brute force."""
 
-import io
 import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,11 +25,9 @@ from hypothesis import strategies as st
 
 from workflow_scripts import train_grpo
 from workflow_scripts.configuration import Configuration, load
-from workflow_scripts.policy.cold_start import rating, scenes_of_prompt
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS
 from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
-from workflow_scripts.preferences.synthetic_scenes import HUMAN, draw
 from workflow_scripts.provenance import ROOT, described, write_json
 from workflow_scripts.score_rollouts import SCORE, scores
 from workflow_scripts.stage_configuration import GenerateRollouts, MakeTables, MeasureAccuracy, ScoreRollouts, TrainGrpo
@@ -510,48 +506,13 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
-def image_rows(pictures: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an images table."""
-    rows = []
-    for name, picture in pictures.items():
-        buffer = io.BytesIO()
-        picture.save(buffer, "WEBP", lossless=True)
-        rows.append({"image_id": name, "bytes": buffer.getvalue(), "width": picture.width, "height": picture.height})
-    return rows
-
-
-def test_images_are_decoded_when_they_are_asked_for(tmp_path: Path, scenes: Any) -> None:
+def test_images_are_decoded_when_they_are_asked_for(tmp_path: Path, scenes: Any, image_rows: Any) -> None:
     _, pictures = scenes[0]
     write_images(tmp_path / "images.parquet", image_rows(pictures))
     names, read = image_reader(tmp_path / "images.parquet", tmp_path / "cache")
     assert names == {name: picture.size for name, picture in pictures.items()}
     for name, picture in pictures.items():
         assert read(name).tobytes() == picture.tobytes()
-
-
-@pytest.fixture
-def training_inputs(tmp_path: Path, base_manifest: Path, with_sidecar: Any) -> dict[str, Path]:
-    """Small training and validation splits of rated pictures, and the bundled policy."""
-    shutil.copyfile(base_manifest, tmp_path / "manifest.json")
-    files = {"base": with_sidecar(tmp_path / "manifest.json")}
-    rng = random.Random(0)
-    for split, prompts in {"train": 8, "validation": 4}.items():
-        rows, pictures = [], {}
-        for number in range(prompts):
-            drawn = scenes_of_prompt(rng)
-            names = [f"{split}-{number}-{i}" for i in range(len(drawn))]
-            pictures |= dict(zip(names, map(draw, drawn), strict=True))
-            utilities = [HUMAN.utility(scene) for scene in drawn]
-            row = {"prompt_id": f"{split}{number}", "prompt": drawn[0].prompt, "position": number, "image_ids": names}
-            row |= {"archives": ["z"] * len(names), "ratings": [rating(utility) for utility in utilities]}
-            rows.append(
-                dict.fromkeys(SUBSET.names) | row | {"ranks": [1 + sum(v > u for v in utilities) for u in utilities]}
-            )
-        write_preferences(tmp_path / f"{split}.parquet", rows, SUBSET)
-        write_images(tmp_path / f"{split}_images.parquet", image_rows(pictures))
-        files[split] = with_sidecar(tmp_path / f"{split}.parquet")
-        files[f"{split}_images"] = with_sidecar(tmp_path / f"{split}_images.parquet")
-    return files
 
 
 def start_training(inputs: dict[str, Path], folder: Path) -> subprocess.Popen[str]:
