@@ -162,10 +162,24 @@ class Policy(Section):
     """Numeric type of the weights in memory."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the policy runs."""
-    min_pixels: int = Field(784, ge=784)
-    """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token)."""
-    max_pixels: int = Field(7056, ge=784)
+    min_pixels: int | None = Field(784, ge=784)
+    """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token). Null, like max_pixels,
+    leaves the size to the model's own processor: for families that do not scale to an area."""
+    max_pixels: int | None = Field(7056, ge=784)
     """An image with more pixels is scaled down to this area; the paper's run: 200704 = 256 visual tokens."""
+    image_processor: dict[str, Any] = {}
+    """Settings of the model's own image processor, in its words, such as {size: {longest_edge: 512}}; see
+    docs/other-models.md."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Policy":
+        if (self.min_pixels is None) != (self.max_pixels is None):
+            raise ValueError("min_pixels and max_pixels are numbers or null together")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels, {self.min_pixels}, is more than max_pixels, {self.max_pixels}")
+        if self.max_pixels and "size" in self.image_processor:
+            raise ValueError("image_processor.size needs min_pixels: null and max_pixels: null")
+        return self
 
 
 class Prompts(Section):

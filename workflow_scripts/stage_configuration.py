@@ -7,6 +7,8 @@ import inspect
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from pydantic import Field
+
 from workflow_scripts.configuration import (
     PROTOCOL,
     Bootstrap,
@@ -163,8 +165,10 @@ class ModelConfig(Section):
     template: str
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["cpu", "cuda"]
-    min_pixels: int
-    max_pixels: int
+    min_pixels: int | None
+    max_pixels: int | None
+    # Left out where nothing is set: a policy without such settings keeps the canonical JSON that it had before the key.
+    image_processor: dict[str, Any] = Field(default={}, exclude_if=lambda settings: not settings)
     numeric_threads: int
 
     @classmethod
@@ -178,6 +182,7 @@ class ModelConfig(Section):
             device=c.policy.device,
             min_pixels=c.policy.min_pixels,
             max_pixels=c.policy.max_pixels,
+            image_processor=c.policy.image_processor,
             numeric_threads=c.numeric_threads,
         )
 
