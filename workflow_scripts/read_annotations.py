@@ -10,10 +10,10 @@ import json
 import pyarrow.parquet as pq
 
 from workflow_scripts.command_line import Input, Output, StageArguments
-from workflow_scripts.preferences import hpdv2, imagereward
+from workflow_scripts.preferences import hpdv2, imagereward, own_data
 from workflow_scripts.preferences.schema import write_preferences
 from workflow_scripts.preferences.subsampling import normalised
-from workflow_scripts.provenance import check_file
+from workflow_scripts.provenance import ROOT, check_file
 from workflow_scripts.stage_configuration import ReadAnnotations
 from workflow_scripts.tracking import run_stage
 
@@ -34,12 +34,17 @@ def main() -> None:
     arguments = Arguments.parse()
     with run_stage(arguments) as run:
         folder, split = arguments.record.parent, arguments.config.split
-        files = json.loads(arguments.record.read_text(encoding="utf-8"))["files"]
+        record = json.loads(arguments.record.read_text(encoding="utf-8"))
+        files = record["files"]
         if arguments.config.dataset == "imagereward":
             name, rows = (imagereward.annotation_file(split), imagereward.read_preferences(folder, split, files))
+        elif arguments.config.dataset == "own":
+            folder, name = ROOT / record["folder"], record["annotations"]
+            rows = own_data.read_preferences(folder, name, split, record["splits"])
         else:
             name, rows = (hpdv2.annotation_file(split), hpdv2.read_preferences(folder, split))
-        check_file(folder / name, files[name], arguments.record)
+        check = own_data.check_unchanged if arguments.config.dataset == "own" else check_file
+        check(folder / name, files[name], arguments.record)
         counts = write_preferences(arguments.output, rows)
         texts = pq.read_table(arguments.output, columns=["prompt"])["prompt"].to_pylist()
         run.metrics({**counts, "duplicate_texts": len(texts) - len({normalised(text) for text in texts})})

@@ -18,8 +18,9 @@ from typing import Any
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences.archives import ArchiveError, iter_images
 from workflow_scripts.preferences.images import UnreadableImageError, decoded
+from workflow_scripts.preferences.own_data import check_unchanged
 from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_table, write_images
-from workflow_scripts.provenance import check_file, write_json
+from workflow_scripts.provenance import ROOT, check_file, write_json
 from workflow_scripts.stage_configuration import ReadImages
 from workflow_scripts.tracking import run_stage
 
@@ -55,12 +56,14 @@ def main() -> None:
                 f"{arguments.subset}: image {twice[0]} is listed in two archives, and images are known by their names "
                 "alone; use another revision of the data set"
             )
-        files = json.loads(arguments.record.read_text(encoding="utf-8"))["files"]
+        record = json.loads(arguments.record.read_text(encoding="utf-8"))
+        folder = ROOT / record["folder"] if "folder" in record else arguments.record.parent
+        check = check_unchanged if config.dataset == "own" else check_file
         for archive in wanted:
-            check_file(arguments.record.parent / archive, files[archive], arguments.record)
+            check(folder / archive, record["files"][archive], arguments.record)
 
         unreadable: dict[str, str] = {}
-        read = write_images(arguments.output, stream_images(arguments.record.parent, wanted, unreadable))
+        read = write_images(arguments.output, stream_images(folder, wanted, unreadable))
         everything = set(times)
         missing = sorted(everything - read - unreadable.keys())
         if 2 * len(read) < len(everything):

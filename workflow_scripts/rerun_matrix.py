@@ -40,6 +40,7 @@ SOURCES: list[dict[str, Any]] = [
     {},
     {"datasets": {"imagereward": {"source": "hub"}, "hpsv2": {"source": "hub"}}},
     {"policy": {"source": "cold_start"}},
+    {"tracks": ["imagereward", "hpsv2", "own"]},
 ]
 
 

@@ -20,9 +20,11 @@ from workflow_scripts.configuration import (
     Hpdv2World,
     ImageRewardHub,
     ImageRewardWorld,
+    PairwiseRewards,
     PairwiseTraining,
     PointwiseTraining,
     PolicyHub,
+    Protocol,
     Sampling,
     Section,
     Split,
@@ -30,8 +32,7 @@ from workflow_scripts.configuration import (
 )
 from workflow_scripts.provenance import ROOT, canonical_json
 
-Protocol = Literal["pointwise", "pairwise"]
-VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train"}  # HPDv2 has no validation split
+VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}  # HPDv2 has no such split
 
 
 class StageConfig(Section):
@@ -64,6 +65,22 @@ class DownloadDataset(StageConfig):
     def of(cls, c: Configuration, dataset: Dataset) -> Self:
         """Select from the configuration."""
         return cls(dataset=dataset, hub=getattr(c.datasets, dataset).hub)
+
+
+class RecordOwnData(StageConfig):
+    """Config of `record_own_data`."""
+
+    folder: str
+    annotations: str
+    split_seed: int
+    validation_fraction: float
+    test_fraction: float
+
+    @classmethod
+    def of(cls, c: Configuration) -> Self:
+        """Select from the configuration."""
+        own = c.datasets.own
+        return cls(**{name: getattr(own, name) for name in cls.model_fields})
 
 
 class ReadAnnotations(StageConfig):
@@ -174,7 +191,7 @@ class ModelConfig(Section):
     @classmethod
     def of(cls, c: Configuration, track: Track) -> Self:
         """Select from the configuration."""
-        protocol = PROTOCOL[track]
+        protocol = protocol_of(c, track)
         return cls(
             protocol=protocol,
             template=getattr(c.prompts, protocol),
@@ -198,7 +215,15 @@ class TrainGrpo(StageConfig):
     @classmethod
     def of(cls, c: Configuration, track: Track, seed: int) -> Self:
         """Select from the configuration."""
-        return cls(track=track, seed=seed, model=ModelConfig.of(c, track), training=getattr(c.training, track))
+        training = getattr(c.training, track)
+        if track == "own":  # the keys of its protocol alone
+            keys = dict(training)
+            if protocol_of(c, track) == "pointwise":
+                training = PointwiseTraining(**keys)
+            else:
+                rewards = PairwiseRewards(format=training.rewards.format, exact=training.rewards.exact)
+                training = PairwiseTraining(**keys | {"rewards": rewards})
+        return cls(track=track, seed=seed, model=ModelConfig.of(c, track), training=training)
 
 
 class GenerateRollouts(StageConfig):
@@ -243,7 +268,7 @@ class GenerateRollouts(StageConfig):
             block=block,
             rollouts=c.rollouts.block_size,
             batch_items=c.rollouts.batch_items,
-            both_orders=PROTOCOL[track] == "pairwise" and c.rollouts.both_orders,
+            both_orders=protocol_of(c, track) == "pairwise" and c.rollouts.both_orders,
             engine=c.rollouts.engine,
             sampling=c.rollouts.sampling,
             model=ModelConfig.of(c, track),
@@ -262,7 +287,7 @@ class ScoreRollouts(StageConfig):
     @classmethod
     def of(cls, c: Configuration, track: Track, policy: Literal["zeroshot", "grpo"], test: Dataset, seed: int) -> Self:
         """Select from the configuration."""
-        return cls(track=track, policy=policy, test=test, seed=seed, protocol=PROTOCOL[track])
+        return cls(track=track, policy=policy, test=test, seed=seed, protocol=protocol_of(c, track))
 
 
 class MeasureAccuracy(StageConfig):
@@ -285,7 +310,7 @@ class MeasureAccuracy(StageConfig):
             policy=policy,
             test=test,
             seed=seed,
-            protocol=PROTOCOL[track],
+            protocol=protocol_of(c, track),
             report_k=c.scoring.report_k,
             missing_answer=c.scoring.missing_answer,
             bootstrap=c.scoring.bootstrap,
@@ -302,6 +327,8 @@ class MakeTables(StageConfig):
     missing_answer: Literal["wrong", "neutral", "dropped"]
     bootstrap: Bootstrap
     hpsv2_fraction: float
+    # Left out without own data: tables without it keep the canonical JSON that they had before the key.
+    own_title: str | None = Field(default=None, exclude_if=lambda title: title is None)
 
     @classmethod
     def of(cls, c: Configuration) -> Self:
@@ -314,12 +341,14 @@ class MakeTables(StageConfig):
             missing_answer=c.scoring.missing_answer,
             bootstrap=c.scoring.bootstrap,
             hpsv2_fraction=c.datasets.hpsv2.train_fraction,
+            own_title=c.datasets.own.title if uses_own_data(c) else None,
         )
 
 
 STAGES: dict[str, Any] = {
     "synthesize_dataset": SynthesizeDataset,
     "download_dataset": DownloadDataset,
+    "record_own_data": RecordOwnData,
     "read_annotations": ReadAnnotations,
     "select_subset": SelectSubset,
     "read_images": ReadImages,
@@ -339,6 +368,16 @@ def same_instance(c: Configuration, stage: str, recorded: dict[str, Any]) -> Sta
     _, *instance = inspect.signature(model.of).parameters
     found: StageConfig = model.of(c, **{name: recorded[name] for name in instance})
     return found
+
+
+def protocol_of(c: Configuration, track: Track) -> Protocol:
+    """What a track trains and asks: of the user's own data it is configured, of the others published."""
+    return c.datasets.own.protocol if track == "own" else PROTOCOL[track]
+
+
+def uses_own_data(c: Configuration) -> bool:
+    """Whether a policy is trained or tested on the user's own data."""
+    return "own" in c.tracks or any(cross.test == "own" for cross in c.cross_tests)
 
 
 def shard_range(c: Configuration, test: Dataset, shard: int) -> tuple[int, int]:
@@ -365,7 +404,9 @@ def accuracy_files(c: Configuration) -> list[str]:
 
 
 def dataset_record(c: Configuration, dataset: Dataset) -> str:
-    """Record of the raw data set; synthetic and published data never share a folder."""
+    """Record of the raw data set; synthetic and published data never share a folder, and own data are not copied."""
+    if dataset == "own":
+        return f"{c.results}/datasets/own/dataset.json"
     return f"{c.downloads}/{getattr(c.datasets, dataset).source}/{dataset}/dataset.json"
 
 
@@ -376,8 +417,23 @@ def bundled_files(c: Configuration) -> list[str]:
     """
     if c.policy.source != "bundled":
         return []
+    return _from_here(sorted((ROOT / c.policy.bundled).glob("*.safetensors")))
+
+
+def own_files(c: Configuration) -> list[str]:
+    """The user's table, and all other files of its folder: a changed image is another data set. None if not used."""
+    if not uses_own_data(c):
+        return []
+    own = c.datasets.own
+    folder = ROOT / own.folder
+    images = [
+        path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".csv", ".jsonl", ".parquet")
+    ]
+    return _from_here([folder / own.annotations, *sorted(images)])
+
+
+def _from_here(paths: list[Path]) -> list[str]:
     here = Path.cwd()
-    paths = sorted((ROOT / c.policy.bundled).glob("*.safetensors"))
     return [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths]
 
 

@@ -78,6 +78,11 @@ def training_items(rows: list[dict[str, Any]], readable: set[str], protocol: str
     items = []
     for row in rows:
         if protocol == "pointwise":
+            if row["ratings"] is None:
+                raise SchemaError(
+                    f"prompt_id {row['prompt_id']} has no ratings to train on; give them, or set "
+                    "datasets.own.protocol to pairwise"
+                )
             for image, rating in zip(row["image_ids"], row["ratings"], strict=True):
                 if image in readable:
                     items.append((Item(row["prompt_id"], row["prompt"], (image,), image), rating))

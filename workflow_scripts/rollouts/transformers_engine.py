@@ -34,6 +34,8 @@ def generate(
     Items are batched by length; `images` are RGB. `seed` is any text; each batch draws from a generator of its own made
     from it.
     """
+    if not items:  # a shard beyond the last prompt
+        return
     tokenizer = policy.tokenizer
     chats = [messages(policy.template, item.prompt) for item in items]
     prompts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
