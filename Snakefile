@@ -1,8 +1,8 @@
 # softpref: from published preference data to the paper's tables.
 #
 # The grammar of every path:
-#   {dataset}  imagereward | hpsv2                    {split}  train | validation | test
-#   {track}    training set, with its protocol: imagereward (pointwise), hpsv2 (pairwise)
+#   {dataset}  imagereward | hpsv2 | own              {split}  train | validation | test
+#   {track}    training set, with its protocol: imagereward (pointwise), hpsv2 (pairwise), own (configured)
 #   {policy}   zeroshot | grpo                        {test}   data set it is tested on
 #   {seed} {shard} {block}   numbers; a shard is so many test prompts, a block so many rollouts of each item
 # Every job writes one sidecar, <first output>.provenance.json, an output that is never an input.
@@ -51,9 +51,9 @@ onerror:
 
 
 wildcard_constraints:
-    dataset="imagereward|hpsv2",
-    track="imagereward|hpsv2",
-    test="imagereward|hpsv2",
+    dataset="imagereward|hpsv2|own",
+    track="imagereward|hpsv2|own",
+    test="imagereward|hpsv2|own",
     policy="zeroshot|grpo",
     split="train|validation|test",
     seed=r"\d+",

@@ -40,6 +40,25 @@ rule download_dataset:
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
 
+# Only a record: the user's files stay where they are.
+rule record_own_data:
+    input:
+        stages.own_files(configuration),
+    output:
+        record=f"{RESULTS}/datasets/own/dataset.json",
+        provenance=f"{RESULTS}/datasets/own/dataset.json.provenance.json",
+    log:
+        f"{RESULTS}/logs/record_own_data.log",
+    conda:
+        "../envs/softpref.yaml"
+    params:
+        config=lambda w: stages.RecordOwnData.of(configuration).canonical(),
+        code=code_digest("record_own_data"),
+    shell:
+        "python -m workflow_scripts.record_own_data --output {output.record}"
+        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+
+
 rule read_annotations:
     input:
         record=lambda w: stages.dataset_record(configuration, w.dataset),

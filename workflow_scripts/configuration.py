@@ -12,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from workflow_scripts.published import PUBLISHED
 from workflow_scripts.redaction import has_password, redacted
 
-Dataset = Literal["imagereward", "hpsv2"]
-Track = Literal["imagereward", "hpsv2"]
+Dataset = Literal["imagereward", "hpsv2", "own"]
+Track = Literal["imagereward", "hpsv2", "own"]
 Split = Literal["train", "validation", "test"]
 
-PROTOCOL: dict[str, Literal["pointwise", "pairwise"]] = {"imagereward": "pointwise", "hpsv2": "pairwise"}
+Protocol = Literal["pointwise", "pairwise"]
+PROTOCOL: dict[str, Protocol] = {"imagereward": "pointwise", "hpsv2": "pairwise"}  # of own data by configuration
 
 
 class Section(BaseModel):
@@ -121,11 +122,51 @@ class Hpdv2Data(Section):
     """Test prompts used, first in hash order; the published test split has 400."""
 
 
+class OwnData(Section):
+    """Preference data of your own, a table and a folder of images (docs/own-data.md); for tracks: [own]."""
+
+    source: Literal["own"] = "own"
+    """What the tables say of where it is from."""
+    title: str = Field("own data", min_length=1)
+    """Name in the tables."""
+    folder: str = "examples/own_data"
+    """Folder of table and images, relative to the repository."""
+    annotations: str = Field("ratings.csv", pattern=r"^[^/\\]+\.(csv|jsonl|parquet)$")
+    """Table in it: .csv or .jsonl with ratings, ranks or pairs, or .parquet in the canonical format."""
+    protocol: Protocol = "pointwise"
+    """What is trained on it: ratings of single images, or preferences between two."""
+    split_seed: int = Field(0, ge=0)
+    """Seed of the hash of a prompt's text that puts it into a split, where the table has no column `split`."""
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the prompts for validation, where the table has no column `split`."""
+    test_fraction: float = Field(0.2, ge=0, lt=1)
+    """Share of the prompts for testing, where the table has no column `split`."""
+    train_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the training prompts to keep, by seeded hash."""
+    subsample_by: Literal["prompt"] = "prompt"
+    """What the fraction counts."""
+    subsample_seed: int = Field(0, ge=0)
+    """Seed of the hash that orders prompts, for the fraction and for validation and test shards."""
+    drop_overlap: bool = True
+    """Drop training and validation prompts whose id or text also occurs in the test split (validation: train too)."""
+    validation_prompts: int = Field(200, ge=1)
+    """Validation prompts used during training, first in hash order."""
+    test_prompts: int = Field(1000, ge=1)
+    """Test prompts used, first in hash order."""
+
+    @model_validator(mode="after")
+    def _fractions(self) -> "OwnData":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction and test_fraction must leave something for training")
+        return self
+
+
 class Datasets(Section):
-    """The two data sets."""
+    """The two data sets of the paper, and one of your own."""
 
     imagereward: ImageRewardData = ImageRewardData()
     hpsv2: Hpdv2Data = Hpdv2Data()
+    own: OwnData = OwnData()
 
 
 class ColdStart(Section):
@@ -169,10 +210,24 @@ class Policy(Section):
     """Numeric type of the weights in memory."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the policy runs."""
-    min_pixels: int = Field(784, ge=784)
-    """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token)."""
-    max_pixels: int = Field(7056, ge=784)
+    min_pixels: int | None = Field(784, ge=784)
+    """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token). Null, like max_pixels,
+    leaves the size to the model's own processor: for families that do not scale to an area."""
+    max_pixels: int | None = Field(7056, ge=784)
     """An image with more pixels is scaled down to this area; the paper's run: 200704 = 256 visual tokens."""
+    image_processor: dict[str, Any] = {}
+    """Settings of the model's own image processor, in its words, such as {size: {longest_edge: 512}}; see
+    docs/other-models.md."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Policy":
+        if (self.min_pixels is None) != (self.max_pixels is None):
+            raise ValueError("min_pixels and max_pixels are numbers or null together")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels, {self.min_pixels}, is more than max_pixels, {self.max_pixels}")
+        if self.max_pixels and "size" in self.image_processor:
+            raise ValueError("image_processor.size needs min_pixels: null and max_pixels: null")
+        return self
 
 
 class Prompts(Section):
@@ -295,11 +350,21 @@ class PairwiseTraining(Training):
     rewards: PairwiseRewards = PairwiseRewards()
 
 
+class OwnTraining(Training):
+    """Training on own data, by the protocol of datasets.own."""
+
+    steps: int = Field(100, ge=1)
+    """Optimizer steps."""
+    rewards: PointwiseRewards = PointwiseRewards()
+    """Weights; with the pairwise protocol there is no approximate reward."""
+
+
 class TrainingByTrack(Section):
     """Training of each track."""
 
     imagereward: PointwiseTraining = PointwiseTraining()
     hpsv2: PairwiseTraining = PairwiseTraining()
+    own: OwnTraining = OwnTraining()
 
 
 class Distributed(Section):
@@ -373,7 +438,7 @@ class Scoring(Section):
 
 
 class CrossTest(Section):
-    """A policy trained on one data set and tested on the other."""
+    """A policy trained on one data set and tested on another."""
 
     track: Track
     """Training set."""

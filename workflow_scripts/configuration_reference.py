@@ -7,7 +7,7 @@ import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -34,7 +34,7 @@ def _allowed(field: Any) -> str:
         choices = [a.__name__ if isinstance(a, type) else str(a) for a in (get_args(item) or (item,))]
         kind = f"list of {', '.join(choices)}"
     elif get_origin(annotation) in (Union, UnionType):
-        kind = " or ".join(a.__name__ for a in get_args(annotation))
+        kind = " or ".join("null" if a is NoneType else a.__name__ for a in get_args(annotation))
     else:
         kind = annotation.__name__
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

@@ -32,6 +32,7 @@ METHODS = {
 PROTOCOLS = {
     "imagereward": "ImageReward: micro over strict pairs, predicted tie wrong",
     "hpsv2": "HPDv2: macro over prompts, tie not an inversion",
+    "own": "As ImageReward: micro over strict pairs, predicted tie wrong",
 }
 TARGETS = ("labels", "noise-free order")
 
@@ -168,8 +169,9 @@ def targets_of(measured: Measured, policy: tuple[str, str, str], seed: int) -> l
 
 def table1(measured: Measured, config: MakeTables, model: str, notes: dict[tuple[str, int], str]) -> pd.DataFrame:
     """Data set x Mean@k with soft reward, own test set first, then cross rows."""
-    titles = {"imagereward": "ImageReward", "hpsv2": f"HPSv2 ({config.hpsv2_fraction:.0%} subset)"}
-    tests = {"imagereward": "ImageReward", "hpsv2": "HPDv2"}
+    own = config.own_title
+    titles = {"imagereward": "ImageReward", "hpsv2": f"HPSv2 ({config.hpsv2_fraction:.0%} subset)", "own": own}
+    tests = {"imagereward": "ImageReward", "hpsv2": "HPDv2", "own": own}
     first, last = config.report_k[0], config.report_k[-1]
     rows = []
     for track, test in [(t, t) for t in config.tracks] + [(c.track, c.test) for c in config.cross_tests]:

@@ -27,7 +27,7 @@ from workflow_scripts.scoring.protocols import HPDV2, IMAGEREWARD, first_listed,
 from workflow_scripts.stage_configuration import MeasureAccuracy
 from workflow_scripts.tracking import run_stage
 
-OFFICIAL = {"imagereward": IMAGEREWARD, "hpsv2": HPDV2}
+OFFICIAL = {"imagereward": IMAGEREWARD, "hpsv2": HPDV2, "own": IMAGEREWARD}
 NEUTRAL = {"pointwise": 4.0, "pairwise": 0.5}
 RULES = ["method", "k", "against", "tie", "label_tie", "missing"]
 

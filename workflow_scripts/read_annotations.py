@@ -10,7 +10,7 @@ import json
 import pyarrow.parquet as pq
 
 from workflow_scripts.command_line import Input, Output, StageArguments
-from workflow_scripts.preferences import hpdv2, imagereward
+from workflow_scripts.preferences import hpdv2, imagereward, own_data
 from workflow_scripts.preferences.schema import write_preferences
 from workflow_scripts.preferences.subsampling import normalised
 from workflow_scripts.provenance import check_file, raw_folder
@@ -39,9 +39,13 @@ def main() -> None:
         files = record["files"]
         if dataset == "imagereward":
             name, rows = (imagereward.annotation_file(split), imagereward.read_preferences(folder, split, files))
+        elif dataset == "own":
+            name = record["annotations"]
+            rows = own_data.read_preferences(folder, name, split, record["splits"])
         else:
             name, rows = (hpdv2.annotation_file(split), hpdv2.read_preferences(folder, split))
-        check_file(folder / name, files[name], arguments.record)
+        check = own_data.check_unchanged if dataset == "own" else check_file
+        check(folder / name, files[name], arguments.record)
         counts = write_preferences(arguments.output, rows)
         if record["source"] == "hub":
             part = f"{split}-{record['train_set']}" if split == "train" and record["train_set"] else split

@@ -18,6 +18,7 @@ from typing import Any
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences.archives import ArchiveError, iter_images
 from workflow_scripts.preferences.images import UnreadableImageError, decoded
+from workflow_scripts.preferences.own_data import check_unchanged
 from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_table, write_images
 from workflow_scripts.provenance import check_file, raw_folder, write_json
 from workflow_scripts.stage_configuration import ReadImages
@@ -57,8 +58,9 @@ def main() -> None:
             )
         files = json.loads(arguments.record.read_text(encoding="utf-8"))["files"]
         folder = raw_folder(arguments.record)
+        check = check_unchanged if config.dataset == "own" else check_file
         for archive in wanted:
-            check_file(folder / archive, files[archive], arguments.record)
+            check(folder / archive, files[archive], arguments.record)
 
         unreadable: dict[str, str] = {}
         read = write_images(arguments.output, stream_images(folder, wanted, unreadable))

@@ -34,12 +34,14 @@ CHOSEN: dict[str, Any] = {
     "cross_tests": [{"track": "hpsv2", "test": "imagereward"}, {"track": "imagereward", "test": "hpsv2"}],
     "scoring.report_k": [1, 2],
     "distributed.strategy": "ddp",  # the others need a GPU
+    "policy.image_processor": {"do_normalize": False},
 }
 # Configurations that between them use every rule.
 SOURCES: list[dict[str, Any]] = [
     {},
     {"datasets": {"imagereward": {"source": "hub"}, "hpsv2": {"source": "hub"}}},
     {"policy": {"source": "cold_start"}},
+    {"tracks": ["imagereward", "hpsv2", "own"]},
 ]
 
 

@@ -6,7 +6,7 @@ python -m workflow_scripts.select_subset --preferences results/datasets/hpsv2/tr
     --config '{"dataset": "hpsv2", "split": "train", "seed": 0, "by": "prompt", "fraction": 0.25, "prompts": null,
                "drop_overlap": true}'
 
-Training keeps a fraction; validation is ImageReward's own split or, for HPDv2, drawn from what training leaves; the
+Training keeps a fraction; validation is the data set's own split or, for HPDv2, drawn from what training leaves; the
 test split is kept whole. Prompts that leak from the test split are dropped before the fraction is taken.
 """
 
@@ -30,7 +30,7 @@ class Arguments(StageArguments):
     test_preferences: Input | None = None
     """Canonical annotations of the test split, to find leaked prompts."""
     train_preferences: Input | None = None
-    """Canonical annotations of the training split, to find leaked prompts of ImageReward's validation split."""
+    """Canonical annotations of the training split, to find leaked prompts of a validation split."""
     output: Output
     """subset.parquet: the selected rows with their position in the hash order."""
     config: SelectSubset
@@ -61,7 +61,7 @@ def main() -> None:
         }
 
         chosen, pairs, of = order, None, len(order)
-        if config.split == "validation" and config.dataset == "imagereward":
+        if config.split == "validation" and config.dataset != "hpsv2":
             chosen = order[: config.prompts]
             if config.prompts and len(chosen) < config.prompts:
                 run.warn(f"{config.prompts} validation prompts are asked for, the split has only {len(chosen)}")

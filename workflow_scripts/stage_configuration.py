@@ -7,6 +7,8 @@ import inspect
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from pydantic import Field
+
 from workflow_scripts.configuration import (
     PROTOCOL,
     Bootstrap,
@@ -19,9 +21,11 @@ from workflow_scripts.configuration import (
     Hpdv2World,
     ImageRewardHub,
     ImageRewardWorld,
+    PairwiseRewards,
     PairwiseTraining,
     PointwiseTraining,
     PolicyHub,
+    Protocol,
     Sampling,
     Section,
     Split,
@@ -29,8 +33,7 @@ from workflow_scripts.configuration import (
 )
 from workflow_scripts.provenance import ROOT, canonical_json
 
-Protocol = Literal["pointwise", "pairwise"]
-VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train"}  # HPDv2 has no validation split
+VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}  # HPDv2 has no such split
 
 
 class StageConfig(Section):
@@ -63,6 +66,22 @@ class DownloadDataset(StageConfig):
     def of(cls, c: Configuration, dataset: Dataset) -> Self:
         """Select from the configuration."""
         return cls(dataset=dataset, hub=getattr(c.datasets, dataset).hub)
+
+
+class RecordOwnData(StageConfig):
+    """Config of `record_own_data`."""
+
+    folder: str
+    annotations: str
+    split_seed: int
+    validation_fraction: float
+    test_fraction: float
+
+    @classmethod
+    def of(cls, c: Configuration) -> Self:
+        """Select from the configuration."""
+        own = c.datasets.own
+        return cls(**{name: getattr(own, name) for name in cls.model_fields})
 
 
 class ReadAnnotations(StageConfig):
@@ -166,14 +185,16 @@ class ModelConfig(Section):
     template: str
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["cpu", "cuda"]
-    min_pixels: int
-    max_pixels: int
+    min_pixels: int | None
+    max_pixels: int | None
+    # Left out where nothing is set: a policy without such settings keeps the canonical JSON that it had before the key.
+    image_processor: dict[str, Any] = Field(default={}, exclude_if=lambda settings: not settings)
     numeric_threads: int
 
     @classmethod
     def of(cls, c: Configuration, track: Track) -> Self:
         """Select from the configuration."""
-        protocol = PROTOCOL[track]
+        protocol = protocol_of(c, track)
         return cls(
             protocol=protocol,
             template=getattr(c.prompts, protocol),
@@ -181,6 +202,7 @@ class ModelConfig(Section):
             device=c.policy.device,
             min_pixels=c.policy.min_pixels,
             max_pixels=c.policy.max_pixels,
+            image_processor=c.policy.image_processor,
             numeric_threads=c.numeric_threads,
         )
 
@@ -197,11 +219,19 @@ class TrainGrpo(StageConfig):
     @classmethod
     def of(cls, c: Configuration, track: Track, seed: int) -> Self:
         """Select from the configuration; several processes sum in another order, so their number counts."""
+        training = getattr(c.training, track)
+        if track == "own":  # the keys of its protocol alone
+            keys = dict(training)
+            if protocol_of(c, track) == "pointwise":
+                training = PointwiseTraining(**keys)
+            else:
+                rewards = PairwiseRewards(format=training.rewards.format, exact=training.rewards.exact)
+                training = PairwiseTraining(**keys | {"rewards": rewards})
         return cls(
             track=track,
             seed=seed,
             model=ModelConfig.of(c, track),
-            training=getattr(c.training, track),
+            training=training,
             distributed=c.distributed if c.distributed.processes > 1 else None,
         )
 
@@ -248,7 +278,7 @@ class GenerateRollouts(StageConfig):
             block=block,
             rollouts=c.rollouts.block_size,
             batch_items=c.rollouts.batch_items,
-            both_orders=PROTOCOL[track] == "pairwise" and c.rollouts.both_orders,
+            both_orders=protocol_of(c, track) == "pairwise" and c.rollouts.both_orders,
             engine=c.rollouts.engine,
             sampling=c.rollouts.sampling,
             model=ModelConfig.of(c, track),
@@ -267,7 +297,7 @@ class ScoreRollouts(StageConfig):
     @classmethod
     def of(cls, c: Configuration, track: Track, policy: Literal["zeroshot", "grpo"], test: Dataset, seed: int) -> Self:
         """Select from the configuration."""
-        return cls(track=track, policy=policy, test=test, seed=seed, protocol=PROTOCOL[track])
+        return cls(track=track, policy=policy, test=test, seed=seed, protocol=protocol_of(c, track))
 
 
 class MeasureAccuracy(StageConfig):
@@ -290,7 +320,7 @@ class MeasureAccuracy(StageConfig):
             policy=policy,
             test=test,
             seed=seed,
-            protocol=PROTOCOL[track],
+            protocol=protocol_of(c, track),
             report_k=c.scoring.report_k,
             missing_answer=c.scoring.missing_answer,
             bootstrap=c.scoring.bootstrap,
@@ -307,6 +337,8 @@ class MakeTables(StageConfig):
     missing_answer: Literal["wrong", "neutral", "dropped"]
     bootstrap: Bootstrap
     hpsv2_fraction: float
+    # Left out without own data: tables without it keep the canonical JSON that they had before the key.
+    own_title: str | None = Field(default=None, exclude_if=lambda title: title is None)
 
     @classmethod
     def of(cls, c: Configuration) -> Self:
@@ -319,12 +351,14 @@ class MakeTables(StageConfig):
             missing_answer=c.scoring.missing_answer,
             bootstrap=c.scoring.bootstrap,
             hpsv2_fraction=c.datasets.hpsv2.train_fraction,
+            own_title=c.datasets.own.title if uses_own_data(c) else None,
         )
 
 
 STAGES: dict[str, Any] = {
     "synthesize_dataset": SynthesizeDataset,
     "download_dataset": DownloadDataset,
+    "record_own_data": RecordOwnData,
     "read_annotations": ReadAnnotations,
     "select_subset": SelectSubset,
     "read_images": ReadImages,
@@ -365,6 +399,16 @@ def launcher(c: Configuration, rule: str) -> str:
     return taken + (processes if several else "python")
 
 
+def protocol_of(c: Configuration, track: Track) -> Protocol:
+    """What a track trains and asks: of the user's own data it is configured, of the others published."""
+    return c.datasets.own.protocol if track == "own" else PROTOCOL[track]
+
+
+def uses_own_data(c: Configuration) -> bool:
+    """Whether a policy is trained or tested on the user's own data."""
+    return "own" in c.tracks or any(cross.test == "own" for cross in c.cross_tests)
+
+
 def shard_range(c: Configuration, test: Dataset, shard: int) -> tuple[int, int]:
     """Positions [start, stop) of a shard in the hash order of the test prompts; only the last one is cut short."""
     start = shard * c.rollouts.shard_prompts
@@ -389,7 +433,9 @@ def accuracy_files(c: Configuration) -> list[str]:
 
 
 def dataset_record(c: Configuration, dataset: Dataset) -> str:
-    """Record of the raw data set; synthetic and published data never share a folder."""
+    """Record of the raw data set; synthetic and published data never share a folder, and own data are not copied."""
+    if dataset == "own":
+        return f"{c.results}/datasets/own/dataset.json"
     return f"{c.downloads}/{getattr(c.datasets, dataset).source}/{dataset}/dataset.json"
 
 
@@ -400,8 +446,23 @@ def bundled_files(c: Configuration) -> list[str]:
     """
     if c.policy.source != "bundled":
         return []
+    return _from_here(sorted((ROOT / c.policy.bundled).glob("*.safetensors")))
+
+
+def own_files(c: Configuration) -> list[str]:
+    """The user's table, and all other files of its folder: a changed image is another data set. None if not used."""
+    if not uses_own_data(c):
+        return []
+    own = c.datasets.own
+    folder = ROOT / own.folder
+    images = [
+        path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".csv", ".jsonl", ".parquet")
+    ]
+    return _from_here([folder / own.annotations, *sorted(images)])
+
+
+def _from_here(paths: list[Path]) -> list[str]:
     here = Path.cwd()
-    paths = sorted((ROOT / c.policy.bundled).glob("*.safetensors"))
     return [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths]
 
 

@@ -36,7 +36,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.configuration import Sampling, Training
-from workflow_scripts.policy.loading import as_policy, load_model, load_processor
+from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
 from workflow_scripts.policy.prompts import ANSWERS, messages
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, check_schema, read_table
@@ -89,6 +89,11 @@ def training_items(rows: list[dict[str, Any]], readable: set[str], protocol: str
     items = []
     for row in rows:
         if protocol == "pointwise":
+            if row["ratings"] is None:
+                raise SchemaError(
+                    f"prompt_id {row['prompt_id']} has no ratings to train on; give them, or set "
+                    "datasets.own.protocol to pairwise"
+                )
             for image, rating in zip(row["image_ids"], row["ratings"], strict=True):
                 if image in readable:
                     items.append((Item(row["prompt_id"], row["prompt"], (image,), image), rating))
@@ -304,6 +309,7 @@ def main() -> None:
         for split, path in {"train": arguments.train_images, "validation": arguments.validation_images}.items():
             sizes[split], read_image[split] = image_reader(path, folder / "images")
         processor, base = load_processor(arguments.base, config.model), load_model(arguments.base, config.model)
+        check_adapted_layers(base, t.lora.target_modules)
         # Every key is given: a default that changed elsewhere must not change which adapter is kept.
         sampling = Sampling(
             temperature=t.temperature,

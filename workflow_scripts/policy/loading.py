@@ -1,21 +1,25 @@
 """Loading the policy: model, processor and adapter, from the manifest of the base policy."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from workflow_scripts.policy.manifest import PolicyError, base_path
-from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER
+from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER, messages
 from workflow_scripts.stage_configuration import ModelConfig
 
-ANOTHER_BASE = "set policy.source and what belongs to it to a Qwen2.5-VL model with weights as safetensors"
+ANOTHER_BASE = "set policy.source and what belongs to it to a vision-language model with weights as safetensors"
+OPEN_THINKING = "<think>"
+LARGEST_EDGE = 4096  # pixels; a larger `longest_edge` is no edge but an area: processors use the name for both
 
 
 @dataclass
@@ -38,12 +42,34 @@ def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
     """Processor of the base policy with the configured image size, padding on the left.
 
     Raises:
-        PolicyError: the folder differs from the manifest, or holds no processor that can be loaded.
+        PolicyError: the folder differs from the manifest, holds no processor of images that can be loaded, or one
+            without the configured settings.
     """
     folder = base_path(manifest)
-    size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     with _loading(folder, ANOTHER_BASE):
-        return AutoProcessor.from_pretrained(folder, size=size, padding_side="left", trust_remote_code=False)
+        processor: Any = AutoProcessor.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise PolicyError(f"{folder} holds no processor that takes images beside text; {ANOTHER_BASE}")
+    images = processor.image_processor
+    if unknown := [name for name in config.image_processor if not hasattr(images, name)]:
+        known = sorted(name for name in images.to_dict() if not name.startswith("_"))
+        raise PolicyError(
+            f"policy.image_processor: {type(images).__name__} of {folder} has no setting {unknown[0]}; it has {known}"
+        )
+    settings = dict(config.image_processor)
+    if config.max_pixels is not None:
+        own = dict(images.size or {})
+        if own.keys() != {"shortest_edge", "longest_edge"} or own["longest_edge"] <= LARGEST_EDGE:
+            raise PolicyError(
+                f"{type(images).__name__} of {folder} does not scale images to an area (its own size is {own}); set "
+                "policy.min_pixels and policy.max_pixels to null, and what it has instead in policy.image_processor"
+            )
+        settings["size"] = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+    with _loading(folder, "change policy.image_processor"):
+        processor.image_processor = type(images).from_dict(images.to_dict() | settings)
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token  # as TRL does
+    return processor
 
 
 def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
@@ -90,7 +116,7 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
 def _loading(folder: Path, remedy: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, LookupError, SafetensorError) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())  # of a wrong shape in every layer the first few
         raise PolicyError(
             f"{folder} cannot be loaded, and code of its own is not run ({told:.400}); {remedy}"
@@ -98,9 +124,53 @@ def _loading(folder: Path, remedy: str) -> Iterator[None]:
 
 
 def as_policy(model: PreTrainedModel, processor: ProcessorMixin, config: ModelConfig) -> Policy:
-    """Put the question to a model; checks that its answers can be read from single logits."""
+    """Put the question to a model; checks that it is shown as asked and that its answers are single logits."""
+    check_chat_template(processor, config.template)
     answers = ANSWERS[config.protocol]
     return Policy(model, processor, config.template, answers, answer_token_ids(processor.tokenizer, answers))
+
+
+def check_chat_template(processor: Any, template: str) -> None:
+    """Check that the chat template shows texts and images in the order of the question, and leaves the thought open.
+
+    Raises:
+        PolicyError: it has none, moves the images (as to the front), or writes the `<think>` that is to be generated.
+    """
+    prompt = "a prompt"
+    remedy = "choose another base policy, or correct chat_template.jinja in a copy of its folder"
+    try:
+        shown = processor.apply_chat_template(messages(template, prompt), add_generation_prompt=True, tokenize=False)
+    except (ValueError, TypeError, TemplateError) as error:
+        raise PolicyError(f"the base policy has no chat template that can show an image ({error}); {remedy}") from error
+    place = 0
+    for number, text in enumerate(template.split("{image}")):
+        text = text.replace("{prompt}", prompt).strip()  # as some templates do
+        start = shown.find(text, place)
+        if start < 0 or (number and text and not shown[place:start].strip()):
+            raise PolicyError(
+                f"the chat template does not show the images where the question has them: {shown!r}; {remedy}"
+            )
+        place = start + len(text)
+    if OPEN_THINKING in shown[place:]:
+        raise PolicyError(f"the chat template opens the thought itself ({shown[place:]!r}); {remedy}")
+
+
+def check_adapted_layers(model: PreTrainedModel, pattern: str) -> None:
+    """Check that a regular expression (training.*.lora.target_modules) picks layers of the language model alone.
+
+    Raises:
+        PolicyError: it matches nothing, or a layer elsewhere, as in the vision tower.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    language_model = names[model.get_decoder()]
+    matched = [name for name in names.values() if re.fullmatch(pattern, name)]
+    outside = [name for name in matched if not name.startswith(f"{language_model}.")]
+    if not matched or outside:
+        found = f"{outside[0]}, which is not in it" if outside else "no layer"
+        raise PolicyError(
+            f"training.*.lora.target_modules, {pattern}, matches {found}; the language model of this policy is "
+            f"{language_model}, such as .*{re.escape(language_model)}.*\\.(q_proj|v_proj)"
+        )
 
 
 def answer_token_ids(tokenizer: Any, answers: tuple[int, ...]) -> list[int]:

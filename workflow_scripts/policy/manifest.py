@@ -7,7 +7,7 @@ from pathlib import Path
 from workflow_scripts.provenance import ROOT, file_digest
 
 # Weights as safetensors only: a pickle runs code when it is loaded. And no *.py: code of a model is never run.
-NEEDED = ("*.json", "*.jinja", "*.txt", "*.safetensors")
+NEEDED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
 class PolicyError(RuntimeError):

@@ -24,11 +24,12 @@ class ArchiveError(ValueError):
 
 
 def iter_images(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | UnreadableImageError]]:
-    """Stream wanted images of a .zip or .tar.gz archive, in the order of the archive.
+    """Stream wanted images of a .zip or .tar.gz archive, in the order of the archive; any other file is one image.
 
     Args:
         archive: the file.
-        wanted: base names of the images; a name that the archive holds twice is read once.
+        wanted: base names of the images; a name that the archive holds twice is read once. Of a file that is an image
+            the one name that it goes by.
 
     Yields:
         Base name and encoded bytes, or the reason why there are none.
@@ -36,7 +37,12 @@ def iter_images(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | 
     Raises:
         ArchiveError: the file is no such archive, or is damaged before all wanted images were read.
     """
-    members = _zip_members(archive, wanted) if archive.suffix == ".zip" else _tar_members(archive, wanted)
+    if archive.suffix == ".zip":
+        members = _zip_members(archive, wanted)
+    elif archive.suffix == ".gz":
+        members = _tar_members(archive, wanted)
+    else:
+        members = _image_file(archive, wanted)
     missing = set(wanted)
     try:
         for name, data in members:
@@ -91,6 +97,12 @@ def _tar_members(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes |
                 assert content is not None  # a regular file
                 yield name, _bounded(content)
             file.members = []  # type: ignore[attr-defined]  # 400,000 of them must not pile up
+
+
+def _image_file(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | UnreadableImageError]]:
+    (name,) = wanted
+    with path.open("rb") as content:
+        yield name, _bounded(content)
 
 
 def _bounded(content: IO[bytes]) -> bytes | UnreadableImageError:

@@ -47,8 +47,9 @@ def generate(
         batch_seed = stable_random(seed, start)
         inputs = policy.processor(
             text=[prompts[i] for i in batch],
-            images=[images[name] for i in batch for name in items[i].image_ids],
+            images=[[images[name] for name in items[i].image_ids] for i in batch],
             padding=True,
+            add_special_tokens=False,  # the chat template has them
             return_tensors="pt",
         )
         completions = _sample(policy, inputs.to(policy.model.device), rollouts, sampling, batch_seed)
@@ -85,12 +86,13 @@ def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed
     warpers = _warpers(sampling)
     pieces: dict[int, str] = {}
 
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    # The model's own positions, as in its `generate`: (rows, tokens), or one such plane for each axis of a 3D rotation.
+    prefilled = inner._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+    out = model(**inputs, position_ids=prefilled, use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
     cache.batch_repeat_interleave(rollouts)
     mask = inputs["attention_mask"].repeat_interleave(rollouts, 0)
-    deltas = inner.model.rope_deltas.repeat_interleave(rollouts, 0)
-    positions = mask.sum(1, keepdim=True) + deltas
+    positions = (prefilled[..., -1:] + 1).repeat_interleave(rollouts, -2)
     logits = out.logits[:, -1].float().repeat_interleave(rollouts, 0)
 
     count = len(logits)
@@ -140,13 +142,13 @@ def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed
         if len(keep) < len(alive):
             index = torch.tensor(keep, device=model.device)
             cache.batch_select_indices(index)
-            mask, positions = mask[index], positions[index]
+            mask, positions = mask[index], positions[..., index, :]
             alive = [alive[j] for j in keep]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         out = model(
             input_ids=torch.tensor([[drawn[j]] for j in keep], device=model.device),
             attention_mask=mask,
-            position_ids=positions[None].expand(3, -1, -1),
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )
