@@ -169,6 +169,8 @@ class Policy(Section):
     """Numeric type of the weights in memory."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the policy runs."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """What computes attention: PyTorch's kernels, plain products, or the package flash-attn (cuda, 16 bits)."""
     min_pixels: int = Field(784, ge=784)
     """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token)."""
     max_pixels: int = Field(7056, ge=784)
@@ -424,6 +426,16 @@ class Configuration(Section):
         if not value or len(set(value)) != len(value) or min(value) < 0:
             raise ValueError("must be one or more different whole numbers from 0")
         return value
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> "Configuration":
+        policy = self.policy
+        if policy.attention == "flash_attention_2" and (policy.device == "cpu" or policy.dtype == "float32"):
+            raise ValueError(
+                f"policy.attention flash_attention_2 needs device cuda and dtype bfloat16 or float16, not {policy.device} "
+                f"and {policy.dtype}; set it to sdpa"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Configuration":

@@ -165,6 +165,7 @@ class ModelConfig(Section):
     template: str
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["cpu", "cuda"]
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
     min_pixels: int
     max_pixels: int
     numeric_threads: int
@@ -178,6 +179,7 @@ class ModelConfig(Section):
             template=getattr(c.prompts, protocol),
             dtype=c.policy.dtype,
             device=c.policy.device,
+            attention=c.policy.attention,
             min_pixels=c.policy.min_pixels,
             max_pixels=c.policy.max_pixels,
             numeric_threads=c.numeric_threads,
