@@ -432,8 +432,8 @@ class Configuration(Section):
         policy = self.policy
         if policy.attention == "flash_attention_2" and (policy.device == "cpu" or policy.dtype == "float32"):
             raise ValueError(
-                f"policy.attention flash_attention_2 needs device cuda and dtype bfloat16 or float16, not {policy.device} "
-                f"and {policy.dtype}; set it to sdpa"
+                "policy.attention flash_attention_2 needs device cuda and dtype bfloat16 or float16, not "
+                f"{policy.device} and {policy.dtype}; set it to sdpa"
             )
         return self
 

@@ -9,10 +9,11 @@ It downloads and runs nothing. Formulas, what they were checked against and what
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tabulate import tabulate
 
 from workflow_scripts.configuration import PROTOCOL, Configuration, ConfigurationError, Dataset, Track, Training, load
 from workflow_scripts.planning import artifacts
-from workflow_scripts.planning.architecture import BYTES, Architecture, PlanError
+from workflow_scripts.planning.architecture import Architecture, PlanError
 from workflow_scripts.planning.costs import (
     CPU,
     GIGABYTE,
@@ -161,6 +162,12 @@ def completion_length(c: Configuration, assumed: Assumptions, track: Track, budg
     return Length(min(known["mean"], budget), min(known["longest"], budget))
 
 
+def data_sheet(name: str) -> Gpu:
+    """A GPU as its vendor states it."""
+    stated = FACTS["gpus"][name]
+    return Gpu(name, stated["teraflops"] * 1e12, stated["memory"] * GIGABYTE, stated["bandwidth"] * 1e9)
+
+
 def this_cpu(threads: int) -> Gpu:
     """This machine's CPU, measured for a second: float32 products of 512 x 512, and copying memory."""
     import psutil
@@ -202,10 +209,11 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
             found[key] = questions(c, FACTS, architecture, tokens, track, dataset, split)
         return found[key]
 
-    stages = []
+    models, stages = {}, []
     for track in c.tracks:
         t: Training = getattr(c.training, track)
         model = Model(architecture, c.policy.dtype, c.policy.attention, t.lora.rank, t.lora.target_modules)
+        models[track] = model
         train, validation = asked(track, track, "train"), asked(track, track, "validation")
         length = completion_length(c, assumed, track, t.max_completion_tokens)
         highest = training_costs(model, gpu, assumed, t, train, validation, Length(*[t.max_completion_tokens] * 2))
@@ -226,9 +234,7 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
         )
     r = c.rollouts
     for track, policy, test in dict.fromkeys(case[:3] for case in measured(c)):
-        lora = getattr(c.training, track).lora
-        model = Model(architecture, c.policy.dtype, c.policy.attention, lora.rank, lora.target_modules)
-        tested = asked(track, test, "test")
+        model, tested = models[track], asked(track, test, "test")
         budget = r.sampling.max_thinking_tokens + r.sampling.max_answer_tokens
         length = completion_length(c, assumed, track, budget)
         beside = policy == "grpo" and c.policy.dtype != "float32"
@@ -249,35 +255,38 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
                 highest=most.times(r.blocks),
             )
         )
-    first = replace(model, rank=c.training.imagereward.lora.rank)
-    made = artifacts.artifacts(c, first, {stage.name: stage.completion_tokens for stage in stages})
-    return Plan(c, first, gpu, assumed, stages, made, list(warnings(c, stages, gpu, assumed)))
+    made = artifacts.artifacts(c, models, {stage.name: stage.completion_tokens for stage in stages})
+    told = [*misfits(c, stages, gpu, assumed), *wrong_layers(models)]
+    return Plan(c, models[c.tracks[0]], gpu, assumed, stages, made, told)
 
 
-def warnings(c: Configuration, stages: list[Stage], gpu: Gpu, assumed: Assumptions) -> Iterator[str]:
-    """What does not fit, or is not meant, each with the key to change."""
+def misfits(c: Configuration, stages: list[Stage], gpu: Gpu, assumed: Assumptions) -> Iterator[str]:
+    """What does not fit into the memory, each with the key to change."""
     room = gpu.memory * (1 - assumed.memory_reserved)
     for stage in stages:
         for phase, parts in stage.memory.items():
             needed = sum(parts.values())
             if needed > room:
                 yield (
-                    f"{stage.name}, {phase}: {needed / GIGABYTE:.1f} GB do not fit into the {room / GIGABYTE:.1f} GB that "
-                    f"{gpu.name} has to give; {remedy(c, stage, phase, parts, room)}"
+                    f"{stage.name}, {phase}: {needed / GIGABYTE:.1f} GB do not fit into the {room / GIGABYTE:.1f} GB "
+                    f"that {gpu.name} has to give; {remedy(c, stage, phase, parts, room)}"
                 )
-    for track in c.tracks:
-        lora = getattr(c.training, track).lora
-        architecture = read_architecture(c, model_folder(c))
-        adapted = architecture.adapted(lora.target_modules)
-        if not adapted:
-            yield f"training.{track}.lora.target_modules matches no layer of the policy"
-        seen = sum("visual" in linear.name for linear in adapted)
-        if seen:
-            yield f"training.{track}.lora.target_modules also matches {seen} layers of the vision tower"
+
+
+def wrong_layers(models: dict[Any, Model]) -> Iterator[str]:
+    """Adapters that are not on the language model, or not on it alone."""
+    for track, model in models.items():
+        adapted = model.architecture.adapted(model.target_modules)
+        seen = sum(".visual." in linear.name for linear in adapted)
+        if seen or not adapted:
+            yield (
+                f"training.{track}.lora.target_modules matches {len(adapted)} layers, {seen} of them in the vision "
+                f"tower; the default matches {7 * model.architecture.layers} of the language model"
+            )
 
 
 def remedy(c: Configuration, stage: Stage, phase: str, parts: dict[str, float], room: float) -> str:
-    """The key that makes a phase fit, judged by which part of it is the largest."""
+    """The key that makes a phase need less."""
     if parts["weights"] > room:
         return "the weights alone do not: set policy.hub.repository to a smaller model, or take a larger GPU"
     if phase == "rollouts":
@@ -288,7 +297,7 @@ def remedy(c: Configuration, stage: Stage, phase: str, parts: dict[str, float], 
         if not t.gradient_checkpointing:
             return f"set training.{track}.gradient_checkpointing to true"
         if t.gradient_accumulation < t.prompts_per_step * t.group_size:
-            return f"raise training.{track}.gradient_accumulation ({t.gradient_accumulation}): same result but for rounding"
+            return f"raise training.{track}.gradient_accumulation ({t.gradient_accumulation}): same but for rounding"
         return f"lower training.{track}.max_completion_tokens ({t.max_completion_tokens}) or policy.max_pixels"
     if phase == "validation":
         return f"lower training.{track}.prompts_per_step ({t.prompts_per_step}): half of a step is validated at once"
@@ -315,8 +324,8 @@ def report(p: Plan) -> str:
     room = p.gpu.memory * (1 - p.assumed.memory_reserved)
     source = c.policy.hub.repository if c.policy.source == "hub" else c.policy.bundled
     lines = [
-        f"Policy {source}: {a.parameters():,} parameters in {p.model.dtype}, attention {p.model.attention}; LoRA of rank "
-        f"{p.model.rank} on {len(a.adapted(p.model.target_modules))} layers, {p.model.adapter:,} parameters.",
+        f"Policy {source}: {a.parameters():,} parameters in {p.model.dtype}, attention {p.model.attention}; LoRA of "
+        f"rank {p.model.rank} on {len(a.adapted(p.model.target_modules))} layers, {p.model.adapter:,} parameters.",
         f"GPU {p.gpu.name}: {p.gpu.flops / 1e12:.4g} TFLOP/s, {p.gpu.memory / GIGABYTE:.4g} GB, "
         f"{p.gpu.bandwidth / 1e9:.4g} GB/s.",
         "Assumed: " + ", ".join(f"{f.name} {getattr(p.assumed, f.name):g}" for f in fields(p.assumed)) + ".",
@@ -326,7 +335,10 @@ def report(p: Plan) -> str:
         for x in p.artifacts
     ]
     total = ["sum", "", *(f"{sum(getattr(x, k) for x in p.artifacts) / 1e9:.2f}" for k in ("download", "disk")), ""]
-    lines += _section("Downloads and disk, GB", ["what", "where", "download", "disk", ""], [*disk, total])
+    free = shutil.disk_usage(ROOT).free / 1e9
+    lines += _section(
+        f"Downloads and disk, GB ({free:.0f} free here)", ["what", "where", "download", "disk", ""], [*disk, total]
+    )
     work = [
         [
             s.name,
@@ -408,7 +420,7 @@ def as_json(p: Plan) -> str:
 
 
 def recorded_stages(c: Configuration) -> Iterator[tuple[str, dict[str, float]]]:
-    """Stages that a run has recorded, by their names in the plan: items, rollouts and seconds of one seed's sidecars."""
+    """Stages that a run has recorded, by their names in the plan: items, rollouts, seconds of the first seed."""
     import pyarrow.parquet as pq
 
     seed = c.seeds[0]
@@ -485,12 +497,7 @@ def main() -> None:
     try:
         c = configured(arguments.configfile, arguments.config)
         name = arguments.gpu or ("h100-80gb" if c.policy.device == "cuda" else CPU)
-        facts = FACTS["gpus"].get(name)
-        gpu = (
-            this_cpu(c.numeric_threads)
-            if facts is None
-            else Gpu(name, facts["teraflops"] * 1e12, facts["memory"] * GIGABYTE, facts["bandwidth"] * 1e9)
-        )
+        gpu = this_cpu(c.numeric_threads) if name == CPU else data_sheet(name)
         assumed = Assumptions(**{field.name: getattr(arguments, field.name) for field in fields(Assumptions)})
         planned = plan(c, gpu, assumed)
         if arguments.compare:

@@ -245,7 +245,7 @@ class Architecture:
         """Forward and backward of one sequence with an adapter on frozen weights.
 
         Backward has no gradients of frozen weights: one product for each of the forward's, two more for each of the
-        adapter's. For the two of attention it has four, and a fused kernel redoes one. The head's forward is redone too.
+        adapter's. For the two of attention it has four, and a fused kernel redoes one. The head's forward is redone.
         The first layer's q, k and v pass nothing on to the embedding.
 
         With checkpointing every layer and block runs once more, up to the last product that something is kept of, and

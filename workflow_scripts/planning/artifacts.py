@@ -1,12 +1,13 @@
 """What lands on the disk and what is downloaded for it, in bytes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from workflow_scripts.configuration import Configuration, Dataset
 from workflow_scripts.planning.architecture import BYTES, FULL
 from workflow_scripts.planning.costs import Model
-from workflow_scripts.planning.workload import published_totals, selected_rows
+from workflow_scripts.planning.workload import published_totals, selected_rows, synthetic_rows
 from workflow_scripts.published import PUBLISHED
 from workflow_scripts.stage_configuration import VALIDATION_FROM
 
@@ -26,12 +27,12 @@ class Artifact:
     lasting: bool = True
 
 
-def artifacts(c: Configuration, m: Model, completion_tokens: dict[str, float]) -> list[Artifact]:
-    """All artifacts of a configuration; `completion_tokens` by stage."""
-    found = [_policy(c, m)]
+def artifacts(c: Configuration, models: Mapping[Any, Model], completion_tokens: dict[str, float]) -> list[Artifact]:
+    """All artifacts of a configuration; policies with their adapters by track, `completion_tokens` by stage."""
+    found = [_policy(c, next(iter(models.values())))]
     for dataset in dict.fromkeys([*c.tracks, *(cross.test for cross in c.cross_tests)]):
         found += _dataset(c, dataset, trained=dataset in c.tracks)
-    adapter = FULL * m.adapter * len(c.seeds) * len(c.tracks)
+    adapter = FULL * len(c.seeds) * sum(model.adapter for model in models.values())
     rollouts = sum(tokens for name, tokens in completion_tokens.items() if name.startswith("generate_rollouts"))
     found += [
         Artifact("adapters", f"{c.results}/policies", 0, adapter),
@@ -59,14 +60,12 @@ def _dataset(c: Configuration, dataset: Dataset, trained: bool) -> list[Artifact
     where = f"{c.downloads}/{data.source}/{dataset}"
     splits: list[Any] = ["train", "validation", "test"] if trained else ["test"]
     if data.source == "synthetic":
-        size, world = SYNTHETIC_IMAGE[dataset], data.synthetic
+        size = SYNTHETIC_IMAGE[dataset]
         kept = {
             split: size * sum(len(row.images) for row in selected_rows(c, dataset, split) or []) for split in splits
         }
-        images = {"imagereward": 6.1, "hpsv2": 4}[dataset] * world.train_prompts + {"imagereward": 6.1, "hpsv2": 9.25}[
-            dataset
-        ] * world.test_prompts
-        raw = size * (images + 6.1 * getattr(world, "validation_prompts", 0))
+        all_splits: list[Any] = ["train", "validation", "test"] if dataset == "imagereward" else ["train", "test"]
+        raw = float(size * sum(len(row.images) for split in all_splits for row in synthetic_rows(c, dataset, split)))
         download = 0.0
     elif data.source == "hub":
         raw, kept = _published(c, dataset, splits)

@@ -183,10 +183,8 @@ def questions(
     )
     if rows is None:
         prompts, images, pairs = published_totals(c, dataset, split)
-        if not pairwise:
-            items = images
-        else:
-            items = (images - prompts) * orders if split == "test" else pairs
+        judged = (images - prompts) * orders if split == "test" else pairs
+        items = judged if pairwise else images
         texts = [text_tokens(template, "x" * about[f"{n}_prompt"]) for n in ("typical", "longest")]
         means = texts[0] + sum(image.tokens for image in typical)
         return Questions(
