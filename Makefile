@@ -18,7 +18,7 @@ INSTALLED := .venv/requirements.lock
 ENVIRONMENT_GB := $(if $(filter Linux,$(shell uname -s)),8,2)
 DOWNLOAD_GB := $(if $(filter Linux,$(shell uname -s)),4,1)
 
-.PHONY: help check setup table1 all ui test test-slow lint docs reruns lock
+.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs reruns lock
 
 help: ## list what there is
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -68,6 +68,10 @@ table1: setup ## the paper's tables, from raw data on: results/table1.csv, table
 
 all: setup ## everything the workflow makes
 	$(BIN)/snakemake --cores all $(OPTIONS)
+
+hub-demo: setup ## data and policy from a Hub on this machine, which serves small synthetic ones: downloads to tables
+	$(BIN)/python -m tests.engines.hub_server $(BIN)/snakemake --cores all \
+	    --configfile configs/test.yaml configs/hub_demo.yaml $(OPTIONS)
 
 ui: setup ## browse runs, metrics and artifacts at http://127.0.0.1:5000 (PORT=...)
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) $(OPTIONS)

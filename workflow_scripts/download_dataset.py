@@ -13,11 +13,12 @@ from workflow_scripts.command_line import Output, StageArguments
 from workflow_scripts.configuration import Hpdv2Hub, ImageRewardHub
 from workflow_scripts.hub import HubError, fetch
 from workflow_scripts.provenance import described, write_json
-from workflow_scripts.published import training_archives
 from workflow_scripts.stage_configuration import DownloadDataset
 from workflow_scripts.tracking import run_stage
 
-IMAGEREWARD_ARCHIVES = {"validation": 2, "test": 2}  # of ImageRewardDB.py on the Hub
+# As in ImageRewardDB.py on the Hub: of the training archives the first so many for each thousand prompts.
+ARCHIVES_OF_A_THOUSAND = 4
+OTHER_ARCHIVES = {"validation": 2, "test": 2}
 
 
 class Arguments(StageArguments):
@@ -57,7 +58,7 @@ def needed_files(hub: ImageRewardHub | Hpdv2Hub) -> list[str]:
     """Published files that are read, relative to the repository."""
     if isinstance(hub, Hpdv2Hub):
         return [f"{split}.{kind}" for split in ("train", "test") for kind in ("json", "tar.gz")]
-    archives = {"train": training_archives(hub.train_set), **IMAGEREWARD_ARCHIVES}
+    archives = {"train": ARCHIVES_OF_A_THOUSAND * int(hub.train_set.removesuffix("k")), **OTHER_ARCHIVES}
     zips = [f"images/{split}/{split}_{i}.zip" for split, number in archives.items() for i in range(1, number + 1)]
     return [f"metadata-{split}.parquet" for split in archives] + zips
 

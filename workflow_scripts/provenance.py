@@ -29,6 +29,7 @@ WITHOUT_EFFECT = (
     "locks",
     "log_runs",
     "provenance",
+    "published",
     "redaction",
     "stage_configuration",
     "tracking",

@@ -8,11 +8,6 @@ import yaml
 PUBLISHED: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
-def training_archives(train_set: str) -> int:
-    """Archives of one of ImageRewardDB's training sets: the first so many."""
-    return int(PUBLISHED["imagereward"]["train_sets"][train_set]["archives"])
-
-
 def differences(dataset: str, split: str, counts: dict[str, int]) -> list[str]:
     """What was counted in a split and is not as published, to be said to the user; nothing where that is not known.
 

@@ -3,22 +3,16 @@
 import hashlib
 import importlib
 import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from workflow_scripts.configuration import Configuration, Dataset, ImageRewardHub, Split, load
-from workflow_scripts.download_dataset import needed_files
+from workflow_scripts.configuration import Configuration, Dataset, Split, load
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, read_table, write_preferences
-from workflow_scripts.provenance import ROOT, ProvenanceError, sidecar_path, verify
+from workflow_scripts.provenance import ProvenanceError, sidecar_path, verify
 from workflow_scripts.stage_configuration import (
     DownloadDataset,
     ReadAnnotations,
@@ -299,110 +293,31 @@ def test_hpsv2_has_no_validation_annotations(
         run_stage("read_annotations", config, record=record, output=tmp_path / "preferences.parquet")
 
 
-# ---------------------------------------------------------------------------------------------- the Hub, on loopback
-
-COMMIT = "c" * 40
+# ----------------------------------------------------------------------------------------- a folder that is there
 
 
-class HubHandler(BaseHTTPRequestHandler):
-    """The part of the Hub's API that a data set download uses, over the files of one folder."""
-
-    url: str
-    folder: Path
-    requested: list[str]
-    damaged: set[str]  # files served with other bytes than their checksum says
-
-    def log_message(self, *_: Any) -> None:
-        """Keep the test's output clean."""
-
-    def do_HEAD(self) -> None:
-        """Answer like GET, without a body."""
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        """Describe the repository, list its files, or serve one."""
-        path = self.path.split("?")[0]
-        if "/resolve/" in path:
-            name = path.split(f"/resolve/{COMMIT}/")[1]
-            data = (self.folder / name).read_bytes()
-            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            if self.command == "GET":
-                self.requested.append(name)
-                data = data[::-1] if name in self.damaged else data
-            return self.answer(data, headers)
-        names = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
-        if "/tree/" in path:
-            return self.answer(json.dumps([self.described(name) for name in names]).encode(), {})
-        info = {"id": "lab/data", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-        self.answer(json.dumps(info | {"private": False, "tags": [], "downloads": 0, "likes": 0}).encode(), {})
-
-    def described(self, name: str) -> dict[str, Any]:
-        """Entry of the file list."""
-        data = (self.folder / name).read_bytes()
-        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 1}
-        return {"type": "file", "path": name, "oid": "0" * 40, "size": len(data), "lfs": lfs}
-
-    def answer(self, data: bytes, headers: dict[str, str]) -> None:
-        """Send status, headers and body."""
-        self.send_response(200)
-        for key, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-
-@pytest.fixture
-def hub(hpsv2: tuple[Path, Any]) -> Iterator[type[HubHandler]]:
-    """Serve the small HPDv2, and what else stands in its folder, as a Hub."""
-    handler = type("Handler", (HubHandler,), {"folder": hpsv2[0] / "hpsv2", "requested": [], "damaged": set()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    handler.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield handler
-    server.shutdown()
-
-
-DOWNLOAD = DownloadDataset.of(load({"datasets": {"hpsv2": {"hub": {"repository": "lab/data"}}}}), "hpsv2")
-
-
-def download(hub: type[HubHandler], output: Path) -> subprocess.CompletedProcess[str]:
-    """Run download_dataset in a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported."""
-    command = [sys.executable, "-m", "workflow_scripts.download_dataset", "--output", str(output)]
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(output.parent / "home")}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    command += ["--config", DOWNLOAD.canonical()]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-
-
-def test_download_takes_the_needed_files_only(
-    hub: type[HubHandler], hpsv2: tuple[Path, Any], run_stage: RunStage, configuration: Configuration, tmp_path: Path
+@pytest.mark.parametrize(("dataset", "hub"), [("imagereward", {"train_set": "1k"}), ("hpsv2", {})])
+def test_published_files_in_a_folder_of_the_user_are_read_as_the_synthetic_world_is(
+    dataset: Dataset, hub: dict[str, str], run_stage: RunStage, tmp_path: Path
 ) -> None:
-    """The record pins the commit, and what follows reads the download as it reads the synthetic world."""
-    path = tmp_path / "hpsv2/dataset.json"
-    done = download(hub, path)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(path.read_text())
-    files = {"train.json", "train.tar.gz", "test.json", "test.tar.gz"}
-    assert set(hub.requested) == set(record["files"]) == files
-    assert (record["source"], record["repository"], record["revision"]) == ("hub", "lab/data", COMMIT)
-    metrics = read_and_select(run_stage, configuration, tmp_path, "hpsv2")
-    assert metrics == hpsv2[1]
-
-
-def test_damaged_download_is_refused(hub: type[HubHandler], tmp_path: Path) -> None:
-    """A file that differs from the Hub's checksum is named."""
-    hub.damaged.add("test.tar.gz")
-    done = download(hub, tmp_path / "dataset.json")
-    assert done.returncode == 1
-    assert f"lab/data at {COMMIT}: ['test.tar.gz'] in {tmp_path} are missing or differ from the Hub's" in done.stderr
-
-
-def test_imagereward_files_to_download() -> None:
-    """A smaller training set is a prefix of the archives."""
-    hub = ImageRewardHub(train_archives=4)
-    assert needed_files(hub) == [
-        *(f"metadata-{split}.parquet" for split in ("train", "validation", "test")),
-        *(f"images/train/train_{i}.zip" for i in (1, 2, 3, 4)),
-        *(f"images/{split}/{split}_{i}.zip" for split in ("validation", "test") for i in (1, 2)),
-    ]
+    """Same tables and images, nothing copied; that the counts are not the published ones is said."""
+    sizes = {"train_prompts": 16, "test_prompts": 8, "unreadable_images": 2}
+    if dataset == "imagereward":  # as many archives as published
+        sizes |= {"validation_prompts": 8, "prompts_per_archive": 4}
+    synthetic = load({"datasets": {dataset: {"synthetic": sizes, "validation_prompts": 2}}})
+    record = tmp_path / "world" / dataset / "dataset.json"
+    run_stage("synthesize_dataset", SynthesizeDataset.of(synthetic, dataset), output=record)
+    own = load({"datasets": {dataset: {"source": "hub", "hub": hub | {"path": str(record.parent)}}}})
+    run_stage("download_dataset", DownloadDataset.of(own, dataset), output=tmp_path / "own" / dataset / "dataset.json")
+    for name in ("world", "own"):
+        read_and_select(run_stage, synthetic, tmp_path / name, dataset)
+        for split in ("train", "validation", "test"):
+            read_images(run_stage, synthetic, tmp_path / name, dataset, split, 0)
+    tables = sorted(path.relative_to(tmp_path / "own") for path in (tmp_path / "own").rglob("*.parquet"))
+    assert {path.name for path in tables} == {"preferences.parquet", "subset.parquet", "images-0000.parquet"}
+    for path in tables:
+        assert (tmp_path / "own" / path).read_bytes() == (tmp_path / "world" / path).read_bytes(), path
+    (warning,) = verify(tmp_path / "own" / dataset / "test/preferences.parquet")["warnings"]
+    published = {"imagereward": "466; ", "hpsv2": "400; "}[dataset]
+    assert warning.startswith(f"{dataset}, test: read 8 prompts, published are {published}")
+    assert not verify(tmp_path / "world" / dataset / "test/preferences.parquet")["warnings"]
