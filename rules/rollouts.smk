@@ -33,7 +33,8 @@ rule generate_rollouts:
         ).canonical(),
         code=code_digest("generate_rollouts", configuration.rollouts.engine),
     shell:
-        "python -m workflow_scripts.generate_rollouts --base {input.base}"
+        f"{stages.interpreter(configuration, 'generate_rollouts')} -m workflow_scripts.generate_rollouts"
+        " --base {input.base}"
         " $(test -z '{input.adapter}' || echo --adapter {input.adapter})"
         " --subset {input.subset} --images {input.images} --output {output.rollouts}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"

@@ -29,7 +29,8 @@ rule train_grpo:
         ).canonical(),
         code=code_digest("train_grpo", "transformers"),
     shell:
-        "python -m workflow_scripts.train_grpo --base {input.base} --train {input.train}"
+        f"{stages.interpreter(configuration, 'train_grpo')} -m workflow_scripts.train_grpo"
+        " --base {input.base} --train {input.train}"
         " --train_images {input.train_images} --validation {input.validation}"
         " --validation_images {input.validation_images} --adapter {output.adapter}"
         " --adapter_config {output.adapter_config} --record {output.record}"

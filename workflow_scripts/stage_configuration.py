@@ -4,8 +4,11 @@ The canonical JSON of these models is a rule's parameter, so a stage reruns exac
 """
 
 import inspect
+import shlex
 from pathlib import Path
 from typing import Any, Literal, Self
+
+from pydantic import Field
 
 from workflow_scripts.configuration import (
     PROTOCOL,
@@ -21,10 +24,12 @@ from workflow_scripts.configuration import (
     PairwiseTraining,
     PointwiseTraining,
     PolicyHub,
+    RolloutsVllm,
     Sampling,
     Section,
     Split,
     Track,
+    TrainingVllm,
 )
 from workflow_scripts.provenance import ROOT, canonical_json
 
@@ -196,8 +201,11 @@ class TrainGrpo(StageConfig):
 
     @classmethod
     def of(cls, c: Configuration, track: Track, seed: int) -> Self:
-        """Select from the configuration."""
-        return cls(track=track, seed=seed, model=ModelConfig.of(c, track), training=getattr(c.training, track))
+        """Select from the configuration; what vLLM would be told counts where it generates."""
+        training = getattr(c.training, track)
+        if training.generation == "transformers":
+            training = training.model_copy(update={"vllm": TrainingVllm()})
+        return cls(track=track, seed=seed, model=ModelConfig.of(c, track), training=training)
 
 
 class GenerateRollouts(StageConfig):
@@ -214,7 +222,9 @@ class GenerateRollouts(StageConfig):
     rollouts: int
     batch_items: int
     both_orders: bool
-    engine: Literal["transformers"]
+    engine: Literal["transformers", "vllm"]
+    # Of the other engine nothing is known here: its canonical JSON is the one that it had before there were two.
+    vllm: RolloutsVllm | None = Field(None, exclude_if=lambda vllm: vllm is None)
     sampling: Sampling
     model: ModelConfig
 
@@ -244,6 +254,7 @@ class GenerateRollouts(StageConfig):
             batch_items=c.rollouts.batch_items,
             both_orders=PROTOCOL[track] == "pairwise" and c.rollouts.both_orders,
             engine=c.rollouts.engine,
+            vllm=c.rollouts.vllm if c.rollouts.engine == "vllm" else None,
             sampling=c.rollouts.sampling,
             model=ModelConfig.of(c, track),
         )
@@ -338,6 +349,15 @@ def same_instance(c: Configuration, stage: str, recorded: dict[str, Any]) -> Sta
     _, *instance = inspect.signature(model.of).parameters
     found: StageConfig = model.of(c, **{name: recorded[name] for name in instance})
     return found
+
+
+def interpreter(c: Configuration, rule: str) -> str:
+    """Word of the shell for the Python that runs a rule's stage: the one of vLLM's environment where that generates."""
+    uses_vllm = {
+        "generate_rollouts": c.rollouts.engine == "vllm",
+        "train_grpo": any(getattr(c.training, track).generation != "transformers" for track in c.tracks),
+    }
+    return shlex.quote(str(ROOT / c.vllm_python)) if uses_vllm.get(rule) else "python"
 
 
 def shard_range(c: Configuration, test: Dataset, shard: int) -> tuple[int, int]:
