@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from workflow_scripts.configuration import PROTOCOL, Configuration, ConfigurationError, Dataset, Track, Training, load
 from workflow_scripts.planning import artifacts
-from workflow_scripts.planning.architecture import Architecture, PlanError
+from workflow_scripts.planning.architecture import BYTES, Architecture, PlanError
 from workflow_scripts.planning.costs import (
     CPU,
     GIGABYTE,
@@ -36,6 +36,7 @@ from workflow_scripts.planning.costs import (
     rollout_memory,
     training_costs,
     training_memory,
+    vllm_cost,
 )
 from workflow_scripts.planning.workload import Questions, TextTokens, questions
 from workflow_scripts.provenance import ROOT
@@ -227,7 +228,7 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
                 prompt_tokens=completions * train.mean,
                 completion_tokens=completions * length.mean,
                 at_most=completions * t.max_completion_tokens,
-                memory=training_memory(model, t, train, validation),
+                memory=training_memory(model, gpu, t, train, validation),
                 costs=training_costs(model, gpu, assumed, t, train, validation, length),
                 highest=sum(highest.values(), Cost(0, 0)),
             )
@@ -237,9 +238,9 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
         model, tested = models[track], asked(track, test, "test")
         budget = r.sampling.max_thinking_tokens + r.sampling.max_answer_tokens
         length = completion_length(c, assumed, track, budget)
-        beside = policy == "grpo" and c.policy.dtype != "float32"
-        cost = rollout_cost(model, gpu, assumed, tested, r.batch_items, r.block_size, length, beside).times(r.blocks)
-        most = rollout_cost(model, gpu, assumed, tested, r.batch_items, r.block_size, Length(budget, budget), beside)
+        cost, most = (
+            rollouts_of(c, model, gpu, assumed, tested, n, policy == "grpo") for n in (length, Length(*[budget] * 2))
+        )
         rollouts = tested.items * r.block_size * r.blocks
         stages.append(
             Stage(
@@ -250,14 +251,28 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
                 prompt_tokens=tested.tokens * r.blocks,
                 completion_tokens=rollouts * length.mean,
                 at_most=rollouts * budget,
-                memory={"rollouts": rollout_memory(model, r, tested, policy == "grpo")},
+                memory={"rollouts": rollout_memory(model, gpu, r, tested, policy == "grpo")},
                 costs={"rollouts": cost},
-                highest=most.times(r.blocks),
+                highest=most,
             )
         )
     made = artifacts.artifacts(c, models, {stage.name: stage.completion_tokens for stage in stages})
     told = [*misfits(c, stages, gpu, assumed), *wrong_layers(models)]
     return Plan(c, models[c.tracks[0]], gpu, assumed, stages, made, told)
+
+
+def rollouts_of(
+    c: Configuration, m: Model, gpu: Gpu, assumed: Assumptions, asked: Questions, length: Length, trained: bool
+) -> Cost:
+    """Cost of all rollouts of a policy on a test set for one seed."""
+    r = c.rollouts
+    if r.engine == "vllm":
+        cache = r.vllm.gpu_memory_utilization * gpu.memory - m.architecture.parameters() * BYTES[m.dtype]
+        each = vllm_cost(m, gpu, assumed, asked, asked.items, r.block_size, length, cache, trained)
+    else:
+        beside = trained and m.dtype != "float32"
+        each = rollout_cost(m, gpu, assumed, asked, r.batch_items, r.block_size, length, beside)
+    return each.times(r.blocks)
 
 
 def misfits(c: Configuration, stages: list[Stage], gpu: Gpu, assumed: Assumptions) -> Iterator[str]:
@@ -287,12 +302,16 @@ def wrong_layers(models: dict[Any, Model]) -> Iterator[str]:
 
 def remedy(c: Configuration, stage: Stage, phase: str, parts: dict[str, float], room: float) -> str:
     """The key that makes a phase need less."""
-    if parts["weights"] > room:
+    if parts.get("weights", 0) > room:
         return "the weights alone do not: set policy.hub.repository to a smaller model, or take a larger GPU"
     if phase == "rollouts":
+        if c.rollouts.engine == "vllm":
+            return "set policy.hub.repository to a smaller model, or take a larger GPU"
         return f"lower rollouts.batch_items ({c.rollouts.batch_items}), or policy.max_pixels"
     track = stage.name.split()[-1]
     t: Training = getattr(c.training, track)
+    if "vLLM" in parts:
+        return f"lower training.{track}.vllm.gpu_memory_utilization, or set training.{track}.generation to transformers"
     if phase == "update":
         if not t.gradient_checkpointing:
             return f"set training.{track}.gradient_checkpointing to true"
@@ -369,7 +388,7 @@ def report(p: Plan) -> str:
     lines += _section(
         f"Work for one seed of {len(c.seeds)} (~: expected from published totals, else counted)", header, work
     )
-    parts = ["weights", "adapter", "optimizer", "kv cache", "activations", "pixels", "workspace"]
+    parts = ["weights", "adapter", "optimizer", "kv cache", "activations", "pixels", "workspace", "vLLM"]
     memory = [
         [
             s.name,

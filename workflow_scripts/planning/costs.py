@@ -1,6 +1,6 @@
 """Memory and time of training and rollouts on one GPU, from sizes and counts. docs/plan.md says what was measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from workflow_scripts.configuration import Rollouts, Training
@@ -8,6 +8,8 @@ from workflow_scripts.planning.architecture import BYTES, FULL, SCORED_AT_ONCE, 
 from workflow_scripts.planning.workload import Questions
 
 GIGABYTE = 2**30  # what vendors call a GB of memory
+CPU = "cpu"
+SERVER_SHARE = 0.9  # of a GPU that serves vLLM, its default
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ def update_bytes(
     return {"activations": kept, "workspace": max(sequences * tokens * per_token, head, seeing)}
 
 
-def training_memory(m: Model, t: Training, train: Questions, validation: Questions) -> dict[str, dict[str, float]]:
+def training_memory(
+    m: Model, gpu: Gpu, t: Training, train: Questions, validation: Questions
+) -> dict[str, dict[str, float]]:
     """Memory of a training by phase and part, in bytes."""
     a, completions = m.architecture, t.prompts_per_step * t.group_size
     part = completions // t.gradient_accumulation
@@ -121,11 +125,16 @@ def training_memory(m: Model, t: Training, train: Questions, validation: Questio
         "adapter": float(FULL * m.adapter),
         "optimizer": float(3 * FULL * m.adapter),  # gradient and Adam's two moments
     }
-    pixels = completions * a.pixel_bytes("float32") * sum(image.patches for image in train.largest)
     tokens = train.longest + t.max_completion_tokens
-    generating = generation_bytes(
-        m, completions, 1, train.longest, train.largest, t.max_completion_tokens, merged=False
-    )
+    if t.generation == "vllm_colocate":
+        resident["vLLM"] = vllm_bytes(m, gpu, t.vllm.gpu_memory_utilization, tokens, adapted=False)
+    pixels = completions * a.pixel_bytes("float32") * sum(image.patches for image in train.largest)
+    phases = {}
+    if t.generation == "transformers":
+        phases["generation"] = resident | {"pixels": pixels}
+        phases["generation"] |= generation_bytes(
+            m, completions, 1, train.longest, train.largest, t.max_completion_tokens, merged=False
+        )
     updating = update_bytes(m, part, tokens, t.max_completion_tokens, train.largest, t.gradient_checkpointing)
     validating = generation_bytes(
         m,
@@ -136,20 +145,24 @@ def training_memory(m: Model, t: Training, train: Questions, validation: Questio
         t.max_completion_tokens + ENDING,
         merged=False,
     )
-    return {
-        "generation": resident | generating | {"pixels": pixels},
-        "update": resident | updating | {"pixels": pixels},
-        "validation": resident | validating,
-    }
+    return phases | {"update": resident | updating | {"pixels": pixels}, "validation": resident | validating}
 
 
 ENDING = 12  # tokens of a forced ending and of an answer, about
 
 
-def rollout_memory(m: Model, r: Rollouts, test: Questions, trained: bool) -> dict[str, float]:
-    """Memory of a job of rollouts by part, in bytes; in float32 the adapter is merged into the weights."""
-    beside = trained and m.dtype != "float32"
+def vllm_bytes(m: Model, gpu: Gpu, utilization: float, tokens: float, adapted: bool) -> float:
+    """What vLLM takes: its share of the GPU, or more where that does not hold weights and one longest sequence."""
+    weights = m.architecture.parameters() * BYTES[m.dtype] + adapted * FULL * m.adapter
+    return max(utilization * gpu.memory, weights + tokens * m.architecture.kv_bytes(m.dtype))
+
+
+def rollout_memory(m: Model, gpu: Gpu, r: Rollouts, test: Questions, trained: bool) -> dict[str, float]:
+    """Memory of a job of rollouts by part, in bytes; in float32 transformers merges the adapter into the weights."""
     longest = r.sampling.max_thinking_tokens + r.sampling.max_answer_tokens + ENDING
+    if r.engine == "vllm":
+        return {"vLLM": vllm_bytes(m, gpu, r.vllm.gpu_memory_utilization, test.longest + longest, trained)}
+    beside = trained and m.dtype != "float32"
     items = min(r.batch_items, test.items)
     return {
         "weights": float(m.architecture.parameters() * BYTES[m.dtype]),
@@ -233,7 +246,7 @@ def rollout_cost(
     length: Length,
     adapted: bool,
 ) -> Cost:
-    """Rollouts of all questions with the project's engine: each is prefilled once, finished rows are dropped."""
+    """Rollouts of all questions with the transformers engine: each is prefilled once, finished rows are dropped."""
     prefill = prefill_flops(m, test.mean, test.images, adapted) * test.items
     completions = decoding_flops(m, test.mean, length.mean, adapted) * test.items * rollouts
     batches = max(1.0, test.items / batch)
@@ -242,25 +255,59 @@ def rollout_cost(
     return Cost(prefill + completions, product_seconds(gpu, assumed, prefill) + waiting)
 
 
+def vllm_cost(
+    m: Model,
+    gpu: Gpu,
+    assumed: Assumptions,
+    asked: Questions,
+    items: float,
+    rollouts: float,
+    length: Length,
+    cache: float,
+    adapted: bool,
+) -> Cost:
+    """Rollouts with vLLM: questions prefilled once, as many rows at once as the cache of so many bytes holds.
+
+    A row that ends makes room for the next, no cache is copied, and CUDA graphs launch the kernels.
+    """
+    prefill = prefill_flops(m, asked.mean, asked.images, adapted) * items
+    completions = decoding_flops(m, asked.mean, length.mean, adapted) * items * rollouts
+    room = cache / (m.architecture.kv_bytes(m.dtype) * (asked.mean + length.mean / 2))
+    rows = max(1.0, min(items * rollouts, room, VLLM_ROWS))
+    graphs = replace(assumed, layer_milliseconds=0)
+    step = decoding_seconds(m, gpu, graphs, rows, asked.mean, Length(length.mean, 1), adapted, copies=1)
+    steps = max(length.longest, items * rollouts * length.mean / rows)
+    return Cost(prefill + completions, product_seconds(gpu, assumed, prefill) + step * steps)
+
+
+VLLM_ROWS = 256  # max_num_seqs, vLLM's default
+
+
 def training_costs(
     m: Model, gpu: Gpu, assumed: Assumptions, t: Training, train: Questions, validation: Questions, length: Length
 ) -> dict[str, Cost]:
     """Cost of a whole training by part, on one GPU, as TRL runs it with transformers generating.
 
-    TRL prefills every completion by itself, pads all completions of a step to the longest and scores them under the
-    reference policy in a forward of their own.
+    With transformers TRL prefills every completion by itself. It pads all completions of a step to the longest, and
+    scores them under the reference policy in a forward of their own. vLLM gets merged weights after each step.
     """
     a, completions = m.architecture, t.prompts_per_step * t.group_size
     tokens = train.mean + length.longest
     scored = length.mean if gpu.name != CPU else tokens - 1  # only with Triton the padding is left out
 
-    prefill = prefill_flops(m, train.mean, train.images, True) * completions
-    decoding = decoding_flops(m, train.mean, length.longest, True) * completions
-    seconds = decoding_seconds(m, gpu, assumed, completions, train.mean, length, True)
-    generation = Cost(prefill + decoding, product_seconds(gpu, assumed, prefill) + seconds)
+    if t.generation == "transformers":
+        prefill = prefill_flops(m, train.mean, train.images, True) * completions
+        decoding = decoding_flops(m, train.mean, length.longest, True) * completions
+        seconds = decoding_seconds(m, gpu, assumed, completions, train.mean, length, True)
+        generation = Cost(prefill + decoding, product_seconds(gpu, assumed, prefill) + seconds)
+    else:
+        share = t.vllm.gpu_memory_utilization if t.generation == "vllm_colocate" else SERVER_SHARE
+        cache = share * gpu.memory - a.parameters() * BYTES[m.dtype]
+        generation = vllm_cost(m, gpu, assumed, train, t.prompts_per_step, t.group_size, length, cache, False)
 
     scoring = sum(a.vision_flops(image) for image in train.images) + a.language_flops(tokens) + a.head_flops(scored)
-    passes = (t.beta > 0) + (t.num_iterations > 1)  # reference policy; the policy that sampled
+    # Reference policy; the policy that sampled, which TRL scores again where vLLM did or where it changes meanwhile.
+    passes = (t.beta > 0) + (t.num_iterations > 1 or t.generation != "transformers")
     reference = Cost(scoring * completions, product_seconds(gpu, assumed, scoring * completions)).times(passes)
 
     one = a.update_flops(tokens, scored, train.images, m.rank, m.target_modules, t.gradient_checkpointing, m.attention)
@@ -275,6 +322,3 @@ def training_costs(
         "update": update.times(t.steps),
         "validation": validated.times(validations),
     }
-
-
-CPU = "cpu"
