@@ -454,6 +454,7 @@ def recorded_stages(c: Configuration) -> Iterator[tuple[str, dict[str, float]]]:
                 "items": sidecar["metrics"]["training_items"],
                 "tokens": trained[-1]["num_tokens"],
                 "seconds": sidecar["seconds"],
+                "CPU seconds": _cpu_seconds(c, f"train_grpo/{track}-seed{seed}.tsv"),
             },
         )
     for track, policy, test in dict.fromkeys(case[:3] for case in measured(c)):
@@ -469,6 +470,7 @@ def recorded_stages(c: Configuration) -> Iterator[tuple[str, dict[str, float]]]:
                 "rollouts": sum(s["metrics"]["rollouts"] for s in sidecars),
                 "completion tokens": sum(ids),
                 "seconds": sum(sidecar["seconds"] for sidecar in sidecars),
+                "CPU seconds": _cpu_seconds(c, f"generate_rollouts/{track}-{policy}-seed{seed}-{test}-*.tsv"),
             },
         )
 
@@ -479,6 +481,12 @@ def _sidecar(output: Path) -> dict[str, Any]:
         raise PlanError(f"{path} is not there: nothing to compare with; run snakemake with this configuration first")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _cpu_seconds(c: Configuration, pattern: str) -> float:
+    """Time on the CPU of some jobs, from Snakemake's benchmarks: the same whatever else the machine does."""
+    paths = (Path(c.results) / "benchmarks").glob(pattern)
+    return sum(float(path.read_text().splitlines()[1].split("\t")[-1]) for path in paths)
 
 
 def comparison(p: Plan) -> str:
@@ -494,6 +502,7 @@ def comparison(p: Plan) -> str:
             "completion tokens": stage.completion_tokens,
             "seconds": sum(cost.seconds for cost in stage.costs.values()),
         }
+        numbers["CPU seconds"] = numbers["seconds"]
         for key, value in recorded.items():
             rows.append([name, key, f"{numbers[key]:,.0f}", f"{value:,.0f}", f"{numbers[key] / value:.2f}"])
     return "\n".join(_section("Planned and recorded", ["stage", "what", "planned", "recorded", "ratio"], rows)).lstrip()

@@ -128,13 +128,15 @@ class Architecture:
 
     def layer(self, index: int) -> list[Linear]:
         """Linear layers of one layer of the language model."""
-        name, h, kv = f"model.language_model.layers.{index}", self.hidden, self.kv_width
-        attention = [("q_proj", h, h, True), ("k_proj", h, kv, True), ("v_proj", h, kv, True), ("o_proj", h, h, False)]
-        mlp = [("gate_proj", h, self.intermediate), ("up_proj", h, self.intermediate)]
+        name, h, kv, i = f"model.language_model.layers.{index}", self.hidden, self.kv_width, self.intermediate
         return [
-            *(Linear(f"{name}.self_attn.{part}", *shape) for part, *shape in attention),
-            *(Linear(f"{name}.mlp.{part}", *shape, False) for part, *shape in mlp),
-            Linear(f"{name}.mlp.down_proj", self.intermediate, h, False),
+            Linear(f"{name}.self_attn.q_proj", h, h, True),
+            Linear(f"{name}.self_attn.k_proj", h, kv, True),
+            Linear(f"{name}.self_attn.v_proj", h, kv, True),
+            Linear(f"{name}.self_attn.o_proj", h, h, False),
+            Linear(f"{name}.mlp.gate_proj", h, i, False),
+            Linear(f"{name}.mlp.up_proj", h, i, False),
+            Linear(f"{name}.mlp.down_proj", i, h, False),
         ]
 
     def block(self, index: int) -> list[Linear]:
