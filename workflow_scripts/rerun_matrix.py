@@ -35,6 +35,11 @@ CHOSEN: dict[str, Any] = {
     "scoring.report_k": [1, 2],
     "distributed.strategy": "ddp",  # the others need a GPU
     "policy.image_processor": {"do_normalize": False},
+    "training.imagereward.generation": "transformers",  # vLLM needs a GPU there
+    "training.hpsv2.generation": "transformers",
+    "training.imagereward.vllm.max_model_len": 1024,
+    "training.hpsv2.vllm.max_model_len": 1024,
+    "rollouts.vllm.max_model_len": 1024,
 }
 # Configurations that between them use every rule.
 SOURCES: list[dict[str, Any]] = [
@@ -238,7 +243,8 @@ nothing. Keys that do the same share a row. Both data sets are synthetic here an
 
 **●** the rule runs this module, **○** it follows from one that does. A change is one that is left without comments,
 docstrings, formatting and the order of imports. A module with an empty row changes no result. `download_dataset` and
-`cold_start_policy` run, and have followers, only where `source` says so.
+`cold_start_policy` run, and have followers, only where `source` says so; `rollouts.vllm_engine` only where
+`rollouts.engine` does.
 
 {modules}
 """

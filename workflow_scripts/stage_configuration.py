@@ -4,6 +4,7 @@ The canonical JSON of these models is a rule's parameter, so a stage reruns exac
 """
 
 import inspect
+import shlex
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,10 +27,12 @@ from workflow_scripts.configuration import (
     PointwiseTraining,
     PolicyHub,
     Protocol,
+    RolloutsVllm,
     Sampling,
     Section,
     Split,
     Track,
+    TrainingVllm,
 )
 from workflow_scripts.provenance import ROOT, canonical_json
 
@@ -185,6 +188,7 @@ class ModelConfig(Section):
     template: str
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["cpu", "cuda"]
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
     min_pixels: int | None
     max_pixels: int | None
     # Left out where nothing is set: a policy without such settings keeps the canonical JSON that it had before the key.
@@ -200,6 +204,7 @@ class ModelConfig(Section):
             template=getattr(c.prompts, protocol),
             dtype=c.policy.dtype,
             device=c.policy.device,
+            attention=c.policy.attention,
             min_pixels=c.policy.min_pixels,
             max_pixels=c.policy.max_pixels,
             image_processor=c.policy.image_processor,
@@ -218,7 +223,7 @@ class TrainGrpo(StageConfig):
 
     @classmethod
     def of(cls, c: Configuration, track: Track, seed: int) -> Self:
-        """Select from the configuration; several processes sum in another order, so their number counts."""
+        """Select from the configuration: several processes sum in another order; of vLLM where it generates."""
         training = getattr(c.training, track)
         if track == "own":  # the keys of its protocol alone
             keys = dict(training)
@@ -227,6 +232,8 @@ class TrainGrpo(StageConfig):
             else:
                 rewards = PairwiseRewards(format=training.rewards.format, exact=training.rewards.exact)
                 training = PairwiseTraining(**keys | {"rewards": rewards})
+        if training.generation == "transformers":
+            training = training.model_copy(update={"vllm": TrainingVllm()})
         return cls(
             track=track,
             seed=seed,
@@ -250,7 +257,9 @@ class GenerateRollouts(StageConfig):
     rollouts: int
     batch_items: int
     both_orders: bool
-    engine: Literal["transformers"]
+    engine: Literal["transformers", "vllm"]
+    # Of the other engine nothing is known here: its canonical JSON is the one that it had before there were two.
+    vllm: RolloutsVllm | None = Field(None, exclude_if=lambda vllm: vllm is None)
     sampling: Sampling
     model: ModelConfig
 
@@ -280,6 +289,7 @@ class GenerateRollouts(StageConfig):
             batch_items=c.rollouts.batch_items,
             both_orders=protocol_of(c, track) == "pairwise" and c.rollouts.both_orders,
             engine=c.rollouts.engine,
+            vllm=c.rollouts.vllm if c.rollouts.engine == "vllm" else None,
             sampling=c.rollouts.sampling,
             model=ModelConfig.of(c, track),
         )
@@ -388,15 +398,26 @@ def job_resources(c: Configuration, rule: str) -> dict[str, int]:
 
 def gpus(c: Configuration, rule: str) -> int:
     """GPUs that a job of a rule uses."""
-    return {"train_grpo": c.distributed.processes, "generate_rollouts": 1}.get(rule, 0) * (c.policy.device == "cuda")
+    shared = c.rollouts.vllm.tensor_parallel_size if c.rollouts.engine == "vllm" else 1
+    used = {"train_grpo": c.distributed.processes, "generate_rollouts": shared}
+    return used.get(rule, 0) * (c.policy.device == "cuda")
+
+
+def interpreter(c: Configuration, rule: str) -> str:
+    """Word of the shell for the Python that runs a rule's stage: the one of vLLM's environment where that generates."""
+    uses_vllm = {
+        "generate_rollouts": c.rollouts.engine == "vllm",
+        "train_grpo": any(getattr(c.training, track).generation != "transformers" for track in c.tracks),
+    }
+    return shlex.quote(str(ROOT / c.vllm_python)) if uses_vllm.get(rule) else "python"
 
 
 def launcher(c: Configuration, rule: str) -> str:
-    """What starts the interpreter of a rule's stage: GPUs of its own, and as many processes as it asks for."""
-    several = rule == "train_grpo" and c.distributed.processes > 1
-    processes = f"torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node {c.distributed.processes}"
+    """What starts a rule's stage: the interpreter, on GPUs of its own, in as many processes as it asks for."""
+    processes = c.distributed.processes if rule == "train_grpo" else 1
+    several = f" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {processes}"
     taken = f"python -m workflow_scripts.take_gpus {gpus(c, rule)} " if gpus(c, rule) else ""
-    return taken + (processes if several else "python")
+    return taken + interpreter(c, rule) + (several if processes > 1 else "")
 
 
 def protocol_of(c: Configuration, track: Track) -> Protocol:

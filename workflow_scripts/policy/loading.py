@@ -84,7 +84,11 @@ def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
     folder = base_path(manifest)
     with _loading(folder, ANOTHER_BASE):
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)

@@ -1,0 +1,181 @@
+"""The command: what fits, what it says otherwise, and what it takes from the published facts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from workflow_scripts.configuration import ConfigurationError
+from workflow_scripts.plan import FACTS, Plan, completion_length, configured, data_sheet, plan, report
+from workflow_scripts.planning.architecture import PlanError
+from workflow_scripts.planning.costs import GIGABYTE, Assumptions, Length, decoding_seconds
+from workflow_scripts.planning.workload import published_totals
+from workflow_scripts.provenance import ROOT
+from workflow_scripts.published import PUBLISHED
+
+PAPER, PAPER_3B = ROOT / "configs/paper.yaml", ROOT / "configs/paper-3b.yaml"
+
+
+def planned(path: Path, gpu: str, *settings: str) -> Plan:
+    """The plan of a configuration on a GPU."""
+    return plan(configured([path], list(settings)), data_sheet(gpu), Assumptions())
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "workflow_scripts.plan", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is here that a run of the paper's configuration would have made, and no model in the Hub's cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("workflow_scripts.plan.try_to_load_from_cache", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize(("path", "gpu"), [(PAPER, "h100-80gb"), (PAPER, "a100-80gb"), (PAPER_3B, "rtx4090")])
+def test_the_paper_s_configurations_fit_the_gpu_they_are_for(path: Path, gpu: str) -> None:
+    assert planned(path, gpu).warnings == []
+
+
+def test_the_7b_does_not_fit_24_gb_and_the_plan_says_why() -> None:
+    told = planned(PAPER, "rtx4090").warnings
+    assert any("generation" in text and "prompts_per_step" in text for text in told)
+    assert any("generate_rollouts" in text and "batch_items" in text for text in told)
+    assert all(" GB do not fit into the 21.6 GB that rtx4090 has to give" in text for text in told)
+    (weights, *_) = planned(PAPER, "rtx4090", "policy={dtype: float32}").warnings
+    assert "the weights alone do not: set policy.hub.repository" in weights
+
+
+@pytest.mark.parametrize(
+    ("phase", "change", "remedy"),
+    [
+        ("update", {"gradient_checkpointing": False}, {"gradient_checkpointing": True}),
+        ("update", {"gradient_accumulation": 1}, {"gradient_accumulation": 16}),
+        ("generation", {"prompts_per_step": 64}, {"prompts_per_step": 16}),
+    ],
+)
+def test_the_key_that_is_named_makes_it_fit(phase: str, change: dict[str, Any], remedy: dict[str, Any]) -> None:
+    (key,) = remedy
+    wrong = planned(PAPER, "h100-80gb", f"training={json.dumps({'imagereward': change})}").warnings
+    assert any(f"imagereward, {phase}" in text and f"training.imagereward.{key}" in text for text in wrong), wrong
+    assert planned(PAPER, "h100-80gb", f"training={json.dumps({'imagereward': change | remedy})}").warnings == []
+
+
+def test_an_expression_that_also_matches_the_vision_tower_is_told() -> None:
+    lora = json.dumps({"imagereward": {"lora": {"target_modules": r".*\.(q_proj|gate_proj|up_proj)"}}})
+    (told,) = planned(PAPER, "h100-80gb", f"training={lora}").warnings
+    assert "matches 148 layers, 64 of them in the vision tower" in told  # 3 x 28 and 2 x 32
+
+
+def test_published_data_are_planned_from_their_totals() -> None:
+    """The whole test sets, all of ImageReward's training set, a quarter of HPDv2's; checked by hand."""
+    stages = {stage.name: stage for stage in planned(PAPER, "h100-80gb").stages}
+    assert stages["train_grpo imagereward"].asked.items == 49_900
+    assert stages["train_grpo hpsv2"].asked.items == pytest.approx(645_090 / 4)
+    rated = stages["generate_rollouts imagereward grpo on imagereward"]
+    assert (rated.asked.prompts, rated.asked.items, rated.rollouts, rated.jobs) == (466, 2_720, 8_160, 5)
+    compared = stages["generate_rollouts hpsv2 grpo on hpsv2"]
+    assert (compared.asked.items, compared.rollouts, compared.jobs) == (3_700 - 400, 9_900, 4)
+    assert stages["generate_rollouts hpsv2 grpo on imagereward"].asked.items == 2_720 - 466
+    assert not rated.asked.counted
+    both = planned(PAPER, "h100-80gb", "rollouts={both_orders: true}").stages
+    assert next(s for s in both if s.name == compared.name).asked.items == 2 * 3_300
+
+
+def test_a_fraction_of_pairs_keeps_more_images_than_a_fraction_of_prompts() -> None:
+    """Each image is in three of its prompt's six pairs."""
+    c = configured([PAPER], ["datasets={hpsv2: {subsample_by: pair}}"])
+    prompts, images, pairs = published_totals(c, "hpsv2", "train")
+    assert pairs == PUBLISHED["hpsv2"]["counts"]["train"]["pairs"] / 4
+    assert images == pytest.approx(430_060 * (1 - 0.75**3))
+    assert prompts == pytest.approx(107_515 * (1 - 0.75**6))
+
+
+def test_downloads_are_the_published_bytes_and_none_for_a_folder_of_the_user() -> None:
+    def downloads(*settings: str) -> dict[str, float]:
+        return {a.name: a.download for a in planned(PAPER, "h100-80gb", *settings).artifacts if a.download}
+
+    files = PUBLISHED["hpsv2"]["files"]
+    assert downloads()["hpsv2, raw"] == sum(file["bytes"] for file in files.values())
+    assert downloads()["policy"] == pytest.approx(16.6e9, rel=1e-3)
+    one = downloads("datasets={imagereward: {hub: {train_set: 1k}}}")["imagereward, raw"]
+    assert downloads()["imagereward, raw"] - one == 20_900_000_000 - 2_700_000_000
+    assert "hpsv2, raw" not in downloads("datasets={hpsv2: {hub: {path: /data/hpdv2}}}")
+
+
+def test_the_24_gb_configuration_differs_in_nothing_but_what_it_says() -> None:
+    def leaves(value: Any, key: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {key: value}
+        return {k: v for name, inner in value.items() for k, v in leaves(inner, f"{key}.{name}".strip(".")).items()}
+
+    large, small = (leaves(yaml.safe_load(path.read_text(encoding="utf-8"))) for path in (PAPER, PAPER_3B))
+    assert large.keys() == small.keys()
+    differing = {
+        key.replace("training.hpsv2", "training.*").replace("training.imagereward", "training.*")
+        for key in large
+        if large[key] != small[key]
+    }
+    step = {f"training.*.{key}" for key in ("steps", "prompts_per_step", "warmup_steps", "validate_every")}
+    assert differing == {"results", "policy.hub.repository", "policy.hub.revision", "rollouts.batch_items"} | step
+    for track in ("imagereward", "hpsv2"):
+        items = [c[f"training.{track}.steps"] * c[f"training.{track}.prompts_per_step"] for c in (large, small)]
+        assert items[0] == items[1] == 8000
+
+
+@pytest.mark.parametrize("path", [PAPER, PAPER_3B])
+def test_revisions_are_the_published_ones(path: Path) -> None:
+    c = configured([path], [])
+    (entry,) = (e for e in PUBLISHED.values() if e["repository"] == c.policy.hub.repository)
+    assert c.policy.hub.revision == entry["revision"]
+
+
+def test_time_is_bound_by_what_takes_longest() -> None:
+    p = planned(PAPER, "h100-80gb")
+    free = Assumptions(layer_milliseconds=0)
+    length = Length(1, 1)
+    read = p.model.language_bytes / (p.gpu.bandwidth * free.bandwidth_used)
+    assert decoding_seconds(p.model, p.gpu, free, 1, 0, length, adapted=False) == pytest.approx(read, rel=1e-4)
+    launched = Assumptions(layer_milliseconds=10)
+    assert decoding_seconds(p.model, p.gpu, launched, 1, 0, length, adapted=False) == 28 * 0.010
+    # 10,000 rows of short sequences are bound by their products: 2 FLOPs for each weight.
+    many = decoding_seconds(p.model, p.gpu, free, 10_000, 0, length, adapted=False)
+    products = 10_000 * 2 * p.model.language_bytes / 2 / (p.gpu.flops * free.flops_used)
+    assert many == pytest.approx(products, rel=1e-3)
+
+
+def test_completions_are_a_share_of_their_budget_until_they_are_measured() -> None:
+    paper, default = configured([PAPER], []), configured([], [])
+    assert completion_length(paper, Assumptions(completion_share=0.25), "hpsv2", 1000) == Length(250, 1000)
+    known = FACTS["bundled_completions"]["pairwise"]
+    assert completion_length(default, Assumptions(), "hpsv2", 64) == Length(known["mean"], known["longest"])
+
+
+def test_a_model_that_is_not_known_is_refused_with_what_to_do() -> None:
+    with pytest.raises(PlanError, match=r"neither on this machine nor known here.*policy\.hub\.path"):
+        planned(PAPER, "h100-80gb", "policy={hub: {repository: someone/else}}")
+    with pytest.raises(ConfigurationError, match="give key=value"):
+        configured([PAPER], ["seeds"])
+
+
+def test_the_report_names_every_stage_and_the_sum() -> None:
+    text = report(planned(PAPER, "h100-80gb"))
+    for stage in planned(PAPER, "h100-80gb").stages:
+        assert text.count(stage.name) >= 3
+    assert "8,292,166,656 parameters" in text and "196 layers" in text
+
+
+def test_the_command_line() -> None:
+    done = run("--configfile", "configs/paper.yaml", "--gpu", "rtx4090", "--format", "json", "--strict")
+    assert done.returncode == 1, done.stderr
+    value = json.loads(done.stdout)
+    assert value["model"]["parameters"] == 8_292_166_656 and value["gpu"]["memory"] == 24 * GIGABYTE
+    assert len(value["stages"]) == 7 and value["warnings"]
+    wrong = run("--configfile", "configs/paper.yaml", "--config", "seed=[1]")
+    assert (wrong.returncode, wrong.stdout) == (1, "") and "did you mean seeds?" in wrong.stderr

@@ -1,0 +1,324 @@
+"""Memory and time of training and rollouts on one GPU, from sizes and counts. docs/plan.md says what was measured."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from workflow_scripts.configuration import Rollouts, Training
+from workflow_scripts.planning.architecture import BYTES, FULL, SCORED_AT_ONCE, Architecture, Attention, Image
+from workflow_scripts.planning.workload import Questions
+
+GIGABYTE = 2**30  # what vendors call a GB of memory
+CPU = "cpu"
+SERVER_SHARE = 0.9  # of a GPU that serves vLLM, its default
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device: products in FLOP/s, memory in bytes, bandwidth in bytes/s, all at their peak."""
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no data sheet says; each is an option of the command."""
+
+    flops_used: float = 0.35
+    """Share of the peak FLOP/s that prefill, scoring and training reach (MFU)."""
+    bandwidth_used: float = 0.6
+    """Share of the peak bandwidth that decoding reaches."""
+    layer_milliseconds: float = 1.0
+    """Time that transformers takes at least for a layer in a decoding step, to launch its kernels from Python."""
+    memory_reserved: float = 0.1
+    """Share of the memory that is not ours: CUDA's context, cuBLAS, fragments."""
+    completion_share: float = 0.5
+    """Mean length of a completion as a share of its budget, where the policy has not been measured."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A policy as it is run: sizes, types, adapter."""
+
+    architecture: Architecture
+    dtype: str
+    attention: Attention
+    rank: int
+    target_modules: str
+
+    @property
+    def adapter(self) -> int:
+        """Parameters of the adapter."""
+        return self.architecture.adapter_parameters(self.rank, self.target_modules)
+
+    @property
+    def language_bytes(self) -> float:
+        """Weights that a decoding step reads: those of the layers and of the head."""
+        a = self.architecture
+        layers = a.layers * sum(linear.weights for linear in a.layer(0))
+        return BYTES[self.dtype] * (layers + a.vocabulary * a.hidden)
+
+
+class Length(NamedTuple):
+    """Completions of one kind, in tokens: the mean, and the longest of a batch, which the batch waits for."""
+
+    mean: float
+    longest: float
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+def generation_bytes(
+    m: Model, items: float, rollouts: float, question: float, images: tuple[Image, ...], longest: float, merged: bool
+) -> dict[str, float]:
+    """Memory while completions are generated, without weights.
+
+    Args:
+        m: the policy.
+        items: questions that are prefilled together.
+        rollouts: rows that each of them has afterwards.
+        question: tokens of the longest question.
+        images: of one question.
+        longest: tokens of the longest completion.
+        merged: no adapter beside the weights.
+    """
+    a, rows = m.architecture, items * rollouts
+    cache = rows * (question + longest) * a.kv_bytes(m.dtype)
+    prefill = items * a.language_workspace_bytes(question, m.dtype, not merged, m.attention)
+    seeing = items * sum(a.vision_workspace_bytes(image, m.dtype) for image in images)
+    drawing = (
+        rows * a.vocabulary * (BYTES[m.dtype] + 2 * FULL) + cache / a.layers
+    )  # one layer's cache is copied to grow
+    return {"kv cache": cache, "workspace": max(prefill, seeing, drawing)}
+
+
+def update_bytes(
+    m: Model, sequences: float, tokens: float, scored: float, images: tuple[Image, ...], checkpointing: bool
+) -> dict[str, float]:
+    """Memory of one forward and backward pass, without weights and optimizer: padded sequences of T tokens."""
+    a, d = m.architecture, BYTES[m.dtype]
+    layer = a.layer_activation_bytes(sequences, tokens, m.dtype, m.rank, m.target_modules, m.attention, padded=True)
+    per_token = a.update_workspace_bytes(m.dtype)
+    tile = min(sequences * scored, SCORED_AT_ONCE[0]) * min(a.vocabulary, SCORED_AT_ONCE[1])
+    head = d * tile + sequences * scored * a.hidden * (2 * FULL + d)
+    seeing = sequences * sum(a.vision_workspace_bytes(image, m.dtype) for image in images)
+    if not checkpointing:
+        kept = a.layers * layer
+    else:
+        patches = sum(image.patches for image in images)
+        blocks = a.vision.depth * patches * a.vision.hidden * d
+        kept = sequences * (a.layers * tokens * a.hidden * d + blocks) + layer
+    return {"activations": kept, "workspace": max(sequences * tokens * per_token, head, seeing)}
+
+
+def training_memory(
+    m: Model, gpu: Gpu, t: Training, train: Questions, validation: Questions
+) -> dict[str, dict[str, float]]:
+    """Memory of a training by phase and part, in bytes."""
+    a, completions = m.architecture, t.prompts_per_step * t.group_size
+    part = completions // t.gradient_accumulation
+    resident = {
+        "weights": float(a.parameters() * BYTES[m.dtype]),
+        "adapter": float(FULL * m.adapter),
+        "optimizer": float(3 * FULL * m.adapter),  # gradient and Adam's two moments
+    }
+    tokens = train.longest + t.max_completion_tokens
+    if t.generation == "vllm_colocate":
+        resident["vLLM"] = vllm_bytes(m, gpu, t.vllm.gpu_memory_utilization, tokens, adapted=False)
+    pixels = completions * a.pixel_bytes("float32") * sum(image.patches for image in train.largest)
+    phases = {}
+    if t.generation == "transformers":
+        phases["generation"] = resident | {"pixels": pixels}
+        phases["generation"] |= generation_bytes(
+            m, completions, 1, train.longest, train.largest, t.max_completion_tokens, merged=False
+        )
+    updating = update_bytes(m, part, tokens, t.max_completion_tokens, train.largest, t.gradient_checkpointing)
+    validating = generation_bytes(
+        m,
+        min(validation.items, completions // 2),
+        t.validation_rollouts,
+        validation.longest,
+        validation.largest,
+        t.max_completion_tokens + ENDING,
+        merged=False,
+    )
+    return phases | {"update": resident | updating | {"pixels": pixels}, "validation": resident | validating}
+
+
+ENDING = 12  # tokens of a forced ending and of an answer, about
+
+
+def vllm_bytes(m: Model, gpu: Gpu, utilization: float, tokens: float, adapted: bool) -> float:
+    """What vLLM takes: its share of the GPU, or more where that does not hold weights and one longest sequence."""
+    weights = m.architecture.parameters() * BYTES[m.dtype] + adapted * FULL * m.adapter
+    return max(utilization * gpu.memory, weights + tokens * m.architecture.kv_bytes(m.dtype))
+
+
+def rollout_memory(m: Model, gpu: Gpu, r: Rollouts, test: Questions, trained: bool) -> dict[str, float]:
+    """Memory of a job of rollouts by part, in bytes; in float32 transformers merges the adapter into the weights."""
+    longest = r.sampling.max_thinking_tokens + r.sampling.max_answer_tokens + ENDING
+    if r.engine == "vllm":
+        return {"vLLM": vllm_bytes(m, gpu, r.vllm.gpu_memory_utilization, test.longest + longest, trained)}
+    beside = trained and m.dtype != "float32"
+    items = min(r.batch_items, test.items)
+    return {
+        "weights": float(m.architecture.parameters() * BYTES[m.dtype]),
+        "adapter": float(FULL * m.adapter * beside),
+        **generation_bytes(m, items, r.block_size, test.longest, test.largest, longest, merged=not beside),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+def product_seconds(gpu: Gpu, assumed: Assumptions, flops: float) -> float:
+    """Time of large products."""
+    return flops / (gpu.flops * assumed.flops_used)
+
+
+def decoding_seconds(
+    m: Model,
+    gpu: Gpu,
+    assumed: Assumptions,
+    rows: float,
+    question: float,
+    length: Length,
+    adapted: bool,
+    copies: int = 3,
+) -> float:
+    """Time until the longest of a batch's completions is there.
+
+    A step reads the weights and the cache of all rows, computes the rows' products and launches its kernels; what takes
+    longest counts. `copies`: transformers also reads and writes the whole cache to append one token to it.
+    """
+    a = m.architecture
+    context = question + length.mean / 2
+    read = m.language_bytes + adapted * FULL * m.adapter + copies * rows * context * a.kv_bytes(m.dtype)
+    computed = rows * (a.language_flops(1, context) + a.head_flops(1) + adapted * 2 * m.adapter)
+    step = max(
+        read / (gpu.bandwidth * assumed.bandwidth_used),
+        product_seconds(gpu, assumed, computed),
+        a.layers * assumed.layer_milliseconds / 1000,
+    )
+    return step * length.longest
+
+
+def prefill_flops(m: Model, question: float, images: tuple[Image, ...], adapted: bool) -> float:
+    """Forward of one question up to its first logits."""
+    a = m.architecture
+    seen = sum(a.vision_flops(image) for image in images)
+    return seen + a.language_flops(question) + a.head_flops(1) + adapted * 2 * m.adapter * question
+
+
+def decoding_flops(m: Model, question: float, completion: float, adapted: bool) -> float:
+    """Forward of one completion, token by token."""
+    a = m.architecture
+    context = question + completion / 2
+    return a.language_flops(completion, context) + a.head_flops(completion) + adapted * 2 * m.adapter * completion
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and seconds."""
+
+    flops: float
+    seconds: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """Both, one after the other."""
+        return Cost(self.flops + other.flops, self.seconds + other.seconds)
+
+    def times(self, count: float) -> "Cost":
+        """So often."""
+        return Cost(self.flops * count, self.seconds * count)
+
+
+def rollout_cost(
+    m: Model,
+    gpu: Gpu,
+    assumed: Assumptions,
+    test: Questions,
+    batch: float,
+    rollouts: float,
+    length: Length,
+    adapted: bool,
+) -> Cost:
+    """Rollouts of all questions with the transformers engine: each is prefilled once, finished rows are dropped."""
+    prefill = prefill_flops(m, test.mean, test.images, adapted) * test.items
+    completions = decoding_flops(m, test.mean, length.mean, adapted) * test.items * rollouts
+    batches = max(1.0, test.items / batch)
+    rows = min(batch, test.items) * rollouts * length.mean / length.longest  # on average
+    waiting = decoding_seconds(m, gpu, assumed, rows, test.mean, length, adapted) * batches
+    return Cost(prefill + completions, product_seconds(gpu, assumed, prefill) + waiting)
+
+
+def vllm_cost(
+    m: Model,
+    gpu: Gpu,
+    assumed: Assumptions,
+    asked: Questions,
+    items: float,
+    rollouts: float,
+    length: Length,
+    cache: float,
+    adapted: bool,
+) -> Cost:
+    """Rollouts with vLLM: questions prefilled once, as many rows at once as the cache of so many bytes holds.
+
+    A row that ends makes room for the next, no cache is copied, and CUDA graphs launch the kernels.
+    """
+    prefill = prefill_flops(m, asked.mean, asked.images, adapted) * items
+    completions = decoding_flops(m, asked.mean, length.mean, adapted) * items * rollouts
+    room = cache / (m.architecture.kv_bytes(m.dtype) * (asked.mean + length.mean / 2))
+    rows = max(1.0, min(items * rollouts, room, VLLM_ROWS))
+    graphs = replace(assumed, layer_milliseconds=0)
+    step = decoding_seconds(m, gpu, graphs, rows, asked.mean, Length(length.mean, 1), adapted, copies=1)
+    steps = max(length.longest, items * rollouts * length.mean / rows)
+    return Cost(prefill + completions, product_seconds(gpu, assumed, prefill) + step * steps)
+
+
+VLLM_ROWS = 256  # max_num_seqs, vLLM's default
+
+
+def training_costs(
+    m: Model, gpu: Gpu, assumed: Assumptions, t: Training, train: Questions, validation: Questions, length: Length
+) -> dict[str, Cost]:
+    """Cost of a whole training by part, on one GPU, as TRL runs it with transformers generating.
+
+    With transformers TRL prefills every completion by itself. It pads all completions of a step to the longest, and
+    scores them under the reference policy in a forward of their own. vLLM gets merged weights after each step.
+    """
+    a, completions = m.architecture, t.prompts_per_step * t.group_size
+    tokens = train.mean + length.longest
+    scored = length.mean if gpu.name != CPU else tokens - 1  # only with Triton the padding is left out
+
+    if t.generation == "transformers":
+        prefill = prefill_flops(m, train.mean, train.images, True) * completions
+        decoding = decoding_flops(m, train.mean, length.longest, True) * completions
+        seconds = decoding_seconds(m, gpu, assumed, completions, train.mean, length, True)
+        generation = Cost(prefill + decoding, product_seconds(gpu, assumed, prefill) + seconds)
+    else:
+        share = t.vllm.gpu_memory_utilization if t.generation == "vllm_colocate" else SERVER_SHARE
+        cache = share * gpu.memory - a.parameters() * BYTES[m.dtype]
+        generation = vllm_cost(m, gpu, assumed, train, t.prompts_per_step, t.group_size, length, cache, False)
+
+    scoring = sum(a.vision_flops(image) for image in train.images) + a.language_flops(tokens) + a.head_flops(scored)
+    # Reference policy; the policy that sampled, which TRL scores again where vLLM did or where it changes meanwhile.
+    passes = (t.beta > 0) + (t.num_iterations > 1 or t.generation != "transformers")
+    reference = Cost(scoring * completions, product_seconds(gpu, assumed, scoring * completions)).times(passes)
+
+    one = a.update_flops(tokens, scored, train.images, m.rank, m.target_modules, t.gradient_checkpointing, m.attention)
+    update = Cost(one * completions, product_seconds(gpu, assumed, one * completions))
+
+    validations = 1 + t.steps // t.validate_every
+    validated = rollout_cost(m, gpu, assumed, validation, completions // 2, t.validation_rollouts, length, adapted=True)
+    batches = t.steps / t.num_iterations
+    return {
+        "generation": generation.times(batches),
+        "reference": reference.times(batches),
+        "update": update.times(t.steps),
+        "validation": validated.times(validations),
+    }
