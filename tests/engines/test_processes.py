@@ -214,7 +214,8 @@ def test_jobs_ask_for_the_gpus_that_they_use() -> None:
     cuda = load(TWO | {"policy": {"device": "cuda"}})
     assert [gpus(cuda, rule) for rule in ("train_grpo", "generate_rollouts", "make_tables")] == [2, 1, 0]
     assert launcher(cuda, "generate_rollouts") == "python -m workflow_scripts.take_gpus 1 python"
-    assert launcher(cuda, "train_grpo").startswith("python -m workflow_scripts.take_gpus 2 python -m torch.distributed.run ")
+    several = launcher(cuda, "train_grpo")
+    assert several.startswith("python -m workflow_scripts.take_gpus 2 python -m torch.distributed.run ")
 
 
 def test_fsdp_and_deepspeed_reach_the_trainer() -> None:

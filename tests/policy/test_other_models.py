@@ -116,9 +116,8 @@ def teacher_forced(policy: Any, prompt: str, shown: list[Image.Image], row: dict
     before = torch.tensor([row["completion_ids"][: row["answer_position"]]])
     whole = torch.cat([asked["input_ids"], before], 1)
     values = dict(asked) | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
-    if "mm_token_type_ids" in values:
-        kinds = values["mm_token_type_ids"]
-        values["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(before, dtype=kinds.dtype)], 1)
+    for kinds in {"mm_token_type_ids", "token_type_ids"} & set(values):
+        values[kinds] = torch.cat([values[kinds], torch.zeros_like(before, dtype=values[kinds].dtype)], 1)
     return policy.model(**values).logits[0, -1, policy.answer_token_ids].double().log_softmax(-1).tolist()
 
 
@@ -243,12 +242,16 @@ def test_without_an_area_the_processor_keeps_its_own_size(qwen3: Path, smolvlm: 
     assert visual_tokens(load_processor(smolvlm, model_config(**own)), (400, 400)) == (4 + 1) * 4  # tiles and the whole
 
 
-def test_settings_of_the_image_processor_are_the_users(smolvlm: Path) -> None:
+def test_settings_of_the_image_processor_are_the_users(smolvlm: Path, tmp_path: Path) -> None:
     own = {"min_pixels": None, "max_pixels": None}
     whole = model_config(**own, image_processor={"do_image_splitting": False})
     assert visual_tokens(load_processor(smolvlm, whole), (400, 400)) == 4
     larger = model_config(**own, image_processor={"size": {"longest_edge": 168}})
     assert visual_tokens(load_processor(smolvlm, larger), (400, 400)) == (9 + 1) * 4
+    internvl = manifest_of(save("internvl", tmp_path / "model"))  # its processor has a default of its own for tiles
+    for settings, tokens in (({}, (4 + 1) * 4), ({"max_patches": 2}, (2 + 1) * 4), ({"crop_to_patches": False}, 4)):
+        cut = load_processor(internvl, model_config(**own, image_processor=settings))
+        assert visual_tokens(cut, (400, 400) if "max_patches" not in settings else (400, 200)) == tokens
     with pytest.raises(PolicyError, match=r"policy\.image_processor: .* has no setting tiles; it has \['.*do_resize"):
         load_processor(smolvlm, model_config(**own, image_processor={"tiles": 3}))
     with pytest.raises(PolicyError, match=r"no setting trust_remote_code"):

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from transformers import (
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
     GenerationConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -17,6 +24,8 @@ from transformers import (
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -121,11 +130,85 @@ def smolvlm() -> tuple[Any, Any]:
     return SmolVLMForConditionalGeneration(config), processor
 
 
-FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {"qwen3_vl": qwen3_vl, "smolvlm": smolvlm}
+def gemma3() -> tuple[Any, Any]:
+    """Return a tiny Gemma 3: images of one size that attend both ways, and layers that see a sliding window."""
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    words = AutoTokenizer.from_pretrained(ROOT / "models/tiny-qwen2.5-vl", extra_special_tokens=names)
+    token = words.convert_tokens_to_ids
+    config = Gemma3Config(
+        text_config=text_config(words)
+        | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=4,
+        boi_token_index=token("<start_of_image>"),
+        eoi_token_index=token("<end_of_image>"),
+        image_token_index=token("<image_soft_token>"),
+        initializer_range=INITIALIZER_RANGE,
+    )
+    processor = Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": 56, "width": 56}),
+        tokenizer=words,
+        chat_template=SMOLVLM_CHAT_TEMPLATE.replace("<image>", "<start_of_image>").replace("<end_of_utterance>", ""),
+        image_seq_length=4,
+    )
+    return Gemma3ForConditionalGeneration(config), processor
+
+
+def internvl() -> tuple[Any, Any]:
+    """Return a tiny InternVL: images cut to tiles that are rows of their own, a Qwen2 language model."""
+    names = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    words = AutoTokenizer.from_pretrained(ROOT / "models/tiny-qwen2.5-vl", extra_special_tokens=names)
+    config = InternVLConfig(
+        text_config=text_config(words) | {"model_type": "qwen2"},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": [56, 56],
+            "patch_size": [14, 14],
+            "initializer_range": INITIALIZER_RANGE,
+        },
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessorPil(
+            size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=4
+        ),
+        tokenizer=words,
+        video_processor=InternVLVideoProcessor(size={"height": 56, "width": 56}),
+        image_seq_length=4,
+        chat_template=SMOLVLM_CHAT_TEMPLATE.replace("<image>", "<IMG_CONTEXT>").replace("<end_of_utterance>", ""),
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "qwen3_vl": qwen3_vl,
+    "smolvlm": smolvlm,
+    "gemma3": gemma3,
+    "internvl": internvl,
+}
 # What a user sets for each, beside the folder.
 SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"policy": {}, "language_model": "language_model"},
     "smolvlm": {"policy": {"min_pixels": None, "max_pixels": None}, "language_model": "text_model"},
+    "gemma3": {"policy": {"min_pixels": None, "max_pixels": None}, "language_model": "language_model"},
+    "internvl": {"policy": {"min_pixels": None, "max_pixels": None}, "language_model": "language_model"},
 }
 
 

@@ -20,7 +20,8 @@ from workflow_scripts.log_runs import log_runs
 from workflow_scripts.provenance import ROOT, verify
 
 RULES = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk")), re.M))
-OTHER_SOURCES = {"download_dataset", "cold_start_policy", "record_own_data"}  # data and policies that are not here
+# Of other data and policies than those of configs/test.yaml.
+OTHER_SOURCES = {"download_dataset", "cold_start_policy", "record_own_data"}
 
 
 @pytest.fixture(scope="session")

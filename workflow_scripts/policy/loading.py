@@ -67,6 +67,9 @@ def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
         settings["size"] = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     with _loading(folder, "change policy.image_processor"):
         processor.image_processor = type(images).from_dict(images.to_dict() | settings)
+    own_defaults = getattr(processor, "images_kwargs", {})
+    if overridden := own_defaults.keys() & settings.keys():  # the processor's defaults win over its image processor's
+        processor.images_kwargs = own_defaults | {name: settings[name] for name in overridden}
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # as TRL does
     return processor
