@@ -104,6 +104,7 @@ def node_fails(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_the_tables_from_slurm_are_those_of_a_local_run(slurm: Path, mlflow_server: str, tmp_path: Path) -> None:
     remote = Workflow.checkout(tmp_path / "remote")
     command = [sys.executable, "-m", "snakemake", *SLURM, "--configfile", "configs/test.yaml"]
