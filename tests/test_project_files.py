@@ -134,7 +134,10 @@ def test_local_links_lead_somewhere(page: str) -> None:
             assert anchor in heading_anchors(linked.read_text(encoding="utf-8")), f"{page} links to {target}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/provenance.md", "docs/published-data.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", *(f"docs/{name}.md" for name in ("method", "paper-run", "plan", "provenance", "published-data"))],
+)
 def test_keys_that_pages_name_exist(page: str, defaults: dict[str, Any]) -> None:
     """`section.key` in backquotes is a key of the configuration; a star stands for either data set."""
     text = (ROOT / page).read_text(encoding="utf-8")
