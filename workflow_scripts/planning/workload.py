@@ -4,7 +4,7 @@ The synthetic world is counted exactly, without drawing an image; so are data th
 data that are not here only the published counts are known.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -110,13 +110,13 @@ def selected_rows(c: Configuration, dataset: Dataset, split: Split) -> list[Row]
     data = getattr(c.datasets, dataset)
     if data.source != "synthetic":
         path = Path(c.results) / "datasets" / dataset / split / "subset.parquet"
-        rows = read_rows(path) if path.is_file() else None
-        if rows is None and data.source != "hub":
+        read = read_rows(path) if path.is_file() else None
+        if read is None and data.source != "hub":
             raise PlanError(
                 f"{path} is not there yet, and only it tells how much data there is; make it with snakemake"
             )
-        return rows[: data.test_prompts] if rows and split == "test" else rows
-    origin = VALIDATION_FROM[dataset] if split == "validation" else split
+        return read[: data.test_prompts] if read and split == "test" else read
+    origin: Any = VALIDATION_FROM[dataset] if split == "validation" else split
     rows = {row.prompt_id: row for row in synthetic_rows(c, dataset, origin)}
     if split == "test":
         return [rows[name] for name in subsampling.hash_order(data.subsample_seed, rows)[: data.test_prompts]]
@@ -177,15 +177,15 @@ def questions(
     orders = 2 if pairwise and split == "test" and c.rollouts.both_orders else 1
     about = facts["questions"][dataset]
 
-    def seen(size: Sequence[int]) -> tuple[Image, ...]:
+    def seen(width: int, height: int) -> tuple[Image, ...]:
         low, high = c.policy.min_pixels or OWN_PIXELS[0], c.policy.max_pixels or OWN_PIXELS[1]
-        image = architecture.image(*size, low, high)
+        image = architecture.image(width, height, low, high)
         return (image,) * (2 if pairwise else 1)
 
     rows = selected_rows(c, dataset, split)
     synthetic = getattr(c.datasets, dataset).source == "synthetic"
     typical, largest = (
-        (seen((SIDE, SIDE)),) * 2 if synthetic else (seen(about[f"{n}_image"]) for n in ("typical", "largest"))
+        (seen(SIDE, SIDE),) * 2 if synthetic else (seen(*about[f"{n}_image"]) for n in ("typical", "largest"))
     )
     if rows is None:
         prompts, images, pairs = published_totals(c, dataset, split)
