@@ -143,7 +143,11 @@ def test_local_links_lead_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/method.md", "docs/provenance.md", "docs/published-data.md", "docs/cluster.md"]
+    "page",
+    [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("cluster", "method", "paper-run", "plan", "provenance", "published-data")),
+    ],
 )
 def test_keys_that_pages_name_exist(page: str, defaults: dict[str, Any]) -> None:
     """`section.key` in backquotes is a key of the configuration; a star stands for either data set."""

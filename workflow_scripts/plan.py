@@ -21,7 +21,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from tabulate import tabulate
 
-from workflow_scripts.configuration import PROTOCOL, Configuration, ConfigurationError, Dataset, Track, Training, load
+from workflow_scripts.configuration import Configuration, ConfigurationError, Dataset, Track, Training, load
 from workflow_scripts.planning import artifacts
 from workflow_scripts.planning.architecture import BYTES, Architecture, PlanError
 from workflow_scripts.planning.costs import (
@@ -40,7 +40,7 @@ from workflow_scripts.planning.costs import (
 )
 from workflow_scripts.planning.workload import Questions, TextTokens, questions
 from workflow_scripts.provenance import ROOT
-from workflow_scripts.stage_configuration import measured, shards
+from workflow_scripts.stage_configuration import ModelConfig, measured, shards
 
 FACTS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "planning/facts.yaml").read_text(encoding="utf-8"))
 
@@ -159,7 +159,7 @@ def completion_length(c: Configuration, assumed: Assumptions, track: Track, budg
     """Mean and longest completion: measured of the bundled policy, else a share of the budget, and all of it."""
     if c.policy.source == "hub":
         return Length(assumed.completion_share * budget, budget)
-    known = FACTS["bundled_completions"][PROTOCOL[track]]
+    known = FACTS["bundled_completions"][ModelConfig.of(c, track).protocol]
     return Length(min(known["mean"], budget), min(known["longest"], budget))
 
 
@@ -170,7 +170,7 @@ def data_sheet(name: str) -> Gpu:
 
 
 def this_cpu(threads: int) -> Gpu:
-    """This machine's CPU, measured for a second: float32 products of 512 x 512, and copying memory."""
+    """This machine's CPU, measured in its own time: float32 products of 512 x 512, and copying memory."""
     import psutil
     import torch
 
@@ -180,15 +180,11 @@ def this_cpu(threads: int) -> Gpu:
     rates = {}
     for name, run, work in (("flops", lambda: a @ b, 2 * 512**3), ("bandwidth", block.clone, 2 * 4 * 2**24)):
         run()
-        best = min(_timed(run) for _ in range(20))
-        rates[name] = work / best
+        started = time.process_time()  # of all threads; what other processes do meanwhile is left out
+        for _ in range(20):
+            run()
+        rates[name] = work * 20 * threads / (time.process_time() - started)
     return Gpu(CPU, rates["flops"], psutil.virtual_memory().total, rates["bandwidth"])
-
-
-def _timed(run: Any) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 # --------------------------------------------------------------------------------------------------------- the plan
@@ -205,7 +201,7 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
     found: dict[Any, Questions] = {}
 
     def asked(track: Track, dataset: Dataset, split: Any) -> Questions:
-        key = (PROTOCOL[track], dataset, split)
+        key = (track, dataset, split)
         if key not in found:
             found[key] = questions(c, FACTS, architecture, tokens, track, dataset, split)
         return found[key]

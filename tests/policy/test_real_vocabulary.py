@@ -155,7 +155,6 @@ def pictures(count: int) -> dict[str, Image.Image]:
     return {f"{i}": Image.new("RGB", (64, 64), tuple(rng.randbytes(3))) for i in range(count)}
 
 
-@pytest.mark.slow
 def test_the_paper_s_configuration_rolls_out_and_trains_on_the_real_vocabulary(
     small_qwen: Path, run_main: Any, with_sidecar: Any, tmp_path: Path
 ) -> None:

@@ -4,23 +4,24 @@ The synthetic world is counted exactly, without drawing an image; so are data th
 data that are not here only the published counts are known.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from workflow_scripts.configuration import PROTOCOL, Configuration, Dataset, Split, Track
+from workflow_scripts.configuration import Configuration, Dataset, Split, Track
 from workflow_scripts.planning.architecture import Architecture, Image, PlanError
 from workflow_scripts.preferences import subsampling, synthetic_layouts
 from workflow_scripts.preferences.hpdv2 import text_digest
 from workflow_scripts.preferences.synthetic_annotators import hpdv2_pairs
 from workflow_scripts.preferences.synthetic_scenes import SIDE, prompt_text
 from workflow_scripts.published import PUBLISHED
-from workflow_scripts.stage_configuration import VALIDATION_FROM
+from workflow_scripts.stage_configuration import VALIDATION_FROM, ModelConfig
 
-Kind = Literal["rated images", "pairs", "anchor pairs"]
+OWN_PIXELS = (3136, 12845056)  # Qwen2.5-VL's own, as published, for a configuration that leaves them to the model
 TextTokens = Callable[[str, str], float]  # (template, prompt) -> tokens of the question without its visual ones
 
 
@@ -53,7 +54,11 @@ class Questions:
 
 def synthetic_rows(c: Configuration, dataset: Dataset, split: Split) -> list[Row]:
     """Rows of a split of the synthetic world as its reader finds them, without images that cannot be read."""
-    world = getattr(c.datasets, dataset).synthetic
+    return _synthetic_rows(getattr(c.datasets, dataset).synthetic, dataset, split)
+
+
+@cache  # the splits are asked for by each other
+def _synthetic_rows(world: Any, dataset: Any, split: Split) -> list[Row]:
     count = getattr(world, f"{split}_prompts")
     rows, images = [], 0
     for index, prompt in enumerate(synthetic_layouts.prompts(dataset, world.seed, split, count, world.test_prompts)):
@@ -105,13 +110,13 @@ def selected_rows(c: Configuration, dataset: Dataset, split: Split) -> list[Row]
     data = getattr(c.datasets, dataset)
     if data.source != "synthetic":
         path = Path(c.results) / "datasets" / dataset / split / "subset.parquet"
-        rows = read_rows(path) if path.is_file() else None
-        if rows is None and data.source != "hub":
+        read = read_rows(path) if path.is_file() else None
+        if read is None and data.source != "hub":
             raise PlanError(
                 f"{path} is not there yet, and only it tells how much data there is; make it with snakemake"
             )
-        return rows[: data.test_prompts] if rows and split == "test" else rows
-    origin = VALIDATION_FROM[dataset] if split == "validation" else split
+        return read[: data.test_prompts] if read and split == "test" else read
+    origin: Any = VALIDATION_FROM[dataset] if split == "validation" else split
     rows = {row.prompt_id: row for row in synthetic_rows(c, dataset, origin)}
     if split == "test":
         return [rows[name] for name in subsampling.hash_order(data.subsample_seed, rows)[: data.test_prompts]]
@@ -167,19 +172,20 @@ def questions(
         dataset: whose questions.
         split: pairs of the training data are judged ones, pairs of a test set are those with the anchor.
     """
-    pairwise = PROTOCOL[track] == "pairwise"
-    template = c.prompts.pairwise if pairwise else c.prompts.pointwise
+    asking = ModelConfig.of(c, track)
+    pairwise, template = asking.protocol == "pairwise", asking.template
     orders = 2 if pairwise and split == "test" and c.rollouts.both_orders else 1
     about = facts["questions"][dataset]
 
-    def seen(size: Sequence[int]) -> tuple[Image, ...]:
-        image = architecture.image(*size, c.policy.min_pixels, c.policy.max_pixels)
+    def seen(width: int, height: int) -> tuple[Image, ...]:
+        low, high = c.policy.min_pixels or OWN_PIXELS[0], c.policy.max_pixels or OWN_PIXELS[1]
+        image = architecture.image(width, height, low, high)
         return (image,) * (2 if pairwise else 1)
 
     rows = selected_rows(c, dataset, split)
     synthetic = getattr(c.datasets, dataset).source == "synthetic"
     typical, largest = (
-        (seen((SIDE, SIDE)),) * 2 if synthetic else (seen(about[f"{n}_image"]) for n in ("typical", "largest"))
+        (seen(SIDE, SIDE),) * 2 if synthetic else (seen(*about[f"{n}_image"]) for n in ("typical", "largest"))
     )
     if rows is None:
         prompts, images, pairs = published_totals(c, dataset, split)
