@@ -13,9 +13,11 @@ python -m workflow_scripts.train_grpo --base results/policies/base/manifest.json
 The run goes on from its last complete checkpoint in `<checkpoints>/<stage_key>` after a kill.
 """
 
+import importlib.util
 import json
 import math
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,7 @@ from trl import GRPOConfig, GRPOTrainer
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.configuration import Sampling, Training
 from workflow_scripts.policy.loading import as_policy, load_model, load_processor
+from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import ANSWERS, messages
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, check_schema, read_table
@@ -206,7 +209,45 @@ def grpo_config(config: TrainGrpo, folder: Path, resumed: bool) -> GRPOConfig:
         logging_steps=1,
         report_to="none",
         disable_tqdm=False,
+        **generation_settings(t),
     )
+
+
+def generation_settings(t: Training) -> dict[str, Any]:
+    """TRL's settings for who generates: none for transformers, its default."""
+    if t.generation == "transformers":
+        return {}
+    if t.generation == "vllm_server":
+        return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": t.vllm.server_url}
+    return {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": t.vllm.gpu_memory_utilization,
+        "vllm_max_model_length": t.vllm.max_model_len,
+    }
+
+
+def check_generation(config: TrainGrpo) -> None:
+    """Check that what is to generate is there.
+
+    Raises:
+        PolicyError: vLLM is not in this environment.
+    """
+    generation = config.training.generation
+    if generation != "transformers" and importlib.util.find_spec("vllm") is None:
+        raise PolicyError(
+            f"training.{config.track}.generation is {generation}, but there is no vLLM in {sys.prefix}; set "
+            "vllm_python to the interpreter of an environment with it (docs/vllm.md), or generation to transformers"
+        )
+
+
+def served_folder(base: Path, processor: Any, folder: Path) -> Path:
+    """Folder of the base policy with the configured image size: vLLM reads its processor from where the model is."""
+    processor.save_pretrained(folder)
+    for path in base.iterdir():
+        if path.is_file() and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.resolve())
+    return folder
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -228,6 +269,7 @@ def main() -> None:
     with run_stage(arguments) as run:
         folder = arguments.checkpoints / run.stage_key
         folder.mkdir(parents=True, exist_ok=True)
+        check_generation(config)
         answers = ANSWERS[config.model.protocol]
         subsets = {"train": arguments.train, "validation": arguments.validation}
         rows = {split: read_table(path, SUBSET).to_pylist() for split, path in subsets.items()}
@@ -235,6 +277,8 @@ def main() -> None:
         for split, path in {"train": arguments.train_images, "validation": arguments.validation_images}.items():
             sizes[split], read_image[split] = image_reader(path, folder / "images")
         processor, base = load_processor(arguments.base, config.model), load_model(arguments.base, config.model)
+        if t.generation == "vllm_colocate":
+            base.name_or_path = str(served_folder(base_path(arguments.base), processor, folder / "served"))
         # Every key is given: a default that changed elsewhere must not change which adapter is kept.
         sampling = Sampling(
             temperature=t.temperature,
