@@ -144,6 +144,20 @@ class ValidatingTrainer(GRPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    # TRL gives colocated vLLM the processor's tokens, several for each image, and vLLM expands the first of them again:
+    # the policy would be asked another question than it is trained on (huggingface/trl#6294, open with TRL 1.16).
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        if self.use_vllm and self.vllm_mode == "colocate":
+            processor: Any = self.processing_class
+            texts = processor.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+            self._questions = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return super()._tokenize_prompts(prompts)
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm and self.vllm_mode == "colocate":
+            prompt_ids = self._questions
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
 
 class CurvesToRun(TrainerCallback):
     """Sends TRL's training curves to the stage's MLflow run."""

@@ -120,7 +120,13 @@ def test_questions_are_the_same_tokens(pair: Pair) -> None:
         ids = pair.vllm.tokenizer(text, add_special_tokens=False)["input_ids"]
         request = {"prompt_token_ids": ids, "multi_modal_data": {"image": [pair.images[i] for i in item.image_ids]}}
         (output,) = pair.vllm.model.llm.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)
-        assert output.prompt_token_ids == pair.question(item)["input_ids"][0].tolist() != ids
+        expanded = pair.question(item)["input_ids"][0].tolist()
+        assert output.prompt_token_ids == expanded != ids
+        # Which is why TRL's colocated vLLM, too, must not be given these (train_grpo.ValidatingTrainer).
+        (again,) = pair.vllm.model.llm.generate(
+            [request | {"prompt_token_ids": expanded}], SamplingParams(max_tokens=1), use_tqdm=False
+        )
+        assert len(again.prompt_token_ids) > len(expanded)
 
 
 def test_the_adapter_matters(pair: Pair, base_manifest: Path, request: Any) -> None:
