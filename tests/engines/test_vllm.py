@@ -120,7 +120,13 @@ def test_questions_are_the_same_tokens(pair: Pair) -> None:
         ids = pair.vllm.tokenizer(text, add_special_tokens=False)["input_ids"]
         request = {"prompt_token_ids": ids, "multi_modal_data": {"image": [pair.images[i] for i in item.image_ids]}}
         (output,) = pair.vllm.model.llm.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)
-        assert output.prompt_token_ids == pair.question(item)["input_ids"][0].tolist() != ids
+        expanded = pair.question(item)["input_ids"][0].tolist()
+        assert output.prompt_token_ids == expanded != ids
+        # Which is why TRL's colocated vLLM, too, must not be given these (train_grpo.ValidatingTrainer).
+        (again,) = pair.vllm.model.llm.generate(
+            [request | {"prompt_token_ids": expanded}], SamplingParams(max_tokens=1), use_tqdm=False
+        )
+        assert len(again.prompt_token_ids) > len(expanded)
 
 
 def test_the_adapter_matters(pair: Pair, base_manifest: Path, request: Any) -> None:
@@ -164,8 +170,8 @@ def test_seeds_reproduce_whatever_else_is_asked(pair: Pair) -> None:
 
 
 def test_answers_are_sampled_as_their_log_probabilities_say(pair: Pair) -> None:
-    rows = [row for row in pair.run(pair.items[:4], rollouts=150) if row["sampled_answer"] is not None]
-    assert len(rows) > 300
+    rows = [row for row in pair.run(pair.items[:4], rollouts=60) if row["sampled_answer"] is not None]
+    assert len(rows) > 120
     for place, answer in enumerate(pair.vllm.answers):
         chance = [math.exp(row["answer_logprobs"][place]) for row in rows]
         hits = sum(row["sampled_answer"] == answer for row in rows)
@@ -175,7 +181,7 @@ def test_answers_are_sampled_as_their_log_probabilities_say(pair: Pair) -> None:
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
 def test_thoughts_are_sampled_as_the_model_and_the_settings_say(pair: Pair, options: dict[str, Any]) -> None:
     item, count = pair.items[0], 300
-    sampling = Sampling(temperature=4, max_thinking_tokens=1, **options)
+    sampling = Sampling(temperature=4, max_thinking_tokens=1, max_answer_tokens=2, **options)
     rows = pair.run([item], rollouts=count, sampling=sampling)
     logits = pair.forward(item, [])
     warped = transformers_engine._warpers(sampling)(torch.empty(1, 0), logits[None].float())[0].softmax(-1)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import yaml
 
 from workflow_scripts.provenance import ROOT
 
-NOT_COPIED = (".git", ".venv", ".*_cache", ".hypothesis", ".snakemake", "__pycache__", "*.egg-info")
+NOT_COPIED = (".git", ".venv*", ".*_cache", ".hypothesis", ".snakemake", "__pycache__", "*.egg-info")
 MADE = ("results", "mlflow.db*", "mlruns", "mlartifacts")
 
 

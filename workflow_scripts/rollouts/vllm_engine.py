@@ -82,6 +82,8 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         max_model_len=settings.max_model_len,
         generation_config="vllm",  # vLLM's own defaults, not the model's: every setting is given with each request
         enable_prefix_caching=True,
+        # A question prefilled in two parts would draw one random number more (on CPU vLLM fails there).
+        enable_chunked_prefill=False,
         logprobs_mode="raw_logprobs",  # before temperature and other sampling settings
         limit_mm_per_prompt={"image": config.template.count("{image}"), "video": 0},
         mm_processor_kwargs={"size": size},

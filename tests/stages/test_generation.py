@@ -1,0 +1,143 @@
+"""Who generates in training, and which engine records rollouts: what the configuration makes of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
+from trl import GRPOTrainer
+
+from workflow_scripts.configuration import ConfigurationError, load
+from workflow_scripts.policy.loading import load_processor
+from workflow_scripts.policy.manifest import PolicyError
+from workflow_scripts.policy.prompts import messages
+from workflow_scripts.provenance import ROOT
+from workflow_scripts.stage_configuration import GenerateRollouts, ModelConfig, TrainGrpo, interpreter
+from workflow_scripts.train_grpo import ValidatingTrainer, check_generation, grpo_config, served_folder
+
+# What vLLM is told, all of it other than the default.
+TRAINING_VLLM = {"gpu_memory_utilization": 0.4, "max_model_len": 512, "server_url": "http://127.0.0.1:9"}
+ROLLOUTS_VLLM = {"gpu_memory_utilization": 0.5, "max_model_len": 512, "enforce_eager": True, "cpu_cache_gigabytes": 2}
+
+
+def training(**keys: Any) -> Any:
+    """A configuration whose pairwise training has these keys, on a GPU."""
+    return load({"policy": {"device": "cuda"}, "training": {"hpsv2": keys}})
+
+
+def rollouts(c: Any) -> str:
+    """Canonical configuration of a rollout job."""
+    return GenerateRollouts.of(c, "hpsv2", "grpo", "hpsv2", 0, 0, 0).canonical()
+
+
+def test_vllm_does_not_exist_for_what_transformers_generates() -> None:
+    default = load({"policy": {"device": "cuda"}})
+    plain = TrainGrpo.of(default, "hpsv2", 0).canonical()
+    assert "vllm" not in plain + rollouts(default) and "generation" not in plain
+    assert TrainGrpo.of(training(vllm=TRAINING_VLLM), "hpsv2", 0).canonical() == plain
+    told = load({"policy": {"device": "cuda"}, "rollouts": {"vllm": ROLLOUTS_VLLM}, "vllm_python": "/elsewhere"})
+    assert rollouts(told) == rollouts(default)
+
+
+def test_where_vllm_generates_each_of_its_keys_counts() -> None:
+    chosen = {"engine": "vllm"}
+    found = {rollouts(load({"rollouts": chosen | {"vllm": {key: value}}})) for key, value in ROLLOUTS_VLLM.items()}
+    plain = rollouts(load({"rollouts": chosen}))
+    assert len(found | {plain, rollouts(load({}))}) == len(ROLLOUTS_VLLM) + 2
+    assert rollouts(load({"rollouts": chosen, "vllm_python": "/elsewhere"})) == plain
+    configs = [training(generation="vllm_colocate", vllm={key: value}) for key, value in TRAINING_VLLM.items()]
+    configs += [training(generation=generation) for generation in ("transformers", "vllm_colocate", "vllm_server")]
+    assert len({TrainGrpo.of(c, "hpsv2", 0).canonical() for c in configs}) == len(configs)
+    for c in configs:  # what a stage reads back is what was configured
+        written = TrainGrpo.of(c, "hpsv2", 0)
+        assert TrainGrpo.model_validate_json(written.canonical()) == written
+
+
+def test_trl_is_told_who_generates(tmp_path: Path) -> None:
+    found = {}
+    for generation in ("transformers", "vllm_colocate", "vllm_server"):
+        c = training(generation=generation, vllm=TRAINING_VLLM)
+        config = TrainGrpo.of(c, "hpsv2", 0)
+        cpu = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
+        found[generation] = grpo_config(cpu, tmp_path, resumed=False)
+    assert not found["transformers"].use_vllm
+    colocate, server = found["vllm_colocate"], found["vllm_server"]
+    assert (colocate.use_vllm, colocate.vllm_mode) == (True, "colocate")
+    assert (colocate.vllm_gpu_memory_utilization, colocate.vllm_max_model_length) == (0.4, 512)
+    assert (server.use_vllm, server.vllm_mode, server.vllm_server_base_url) == (True, "server", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("generation", ["vllm_colocate", "vllm_server"])
+def test_generation_by_vllm_is_refused_where_it_cannot_be(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match=rf"training\.hpsv2\.generation {generation} .*policy\.device is cpu"):
+        load({"training": {"hpsv2": {"generation": generation}}})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PolicyError, match=rf"generation is {generation}, but there is no vLLM in .*set vllm_python"):
+        check_generation(TrainGrpo.of(training(generation=generation), "hpsv2", 0))
+    check_generation(TrainGrpo.of(training(), "hpsv2", 0))
+
+
+def test_a_track_that_is_not_run_may_say_anything() -> None:
+    assert load({"tracks": ["imagereward"], "training": {"hpsv2": {"generation": "vllm_server"}}})
+
+
+def test_only_stages_that_use_vllm_run_in_its_environment() -> None:
+    path = str(ROOT / ".venv-vllm/bin/python")
+    found = {
+        rule: [
+            interpreter(c, rule)
+            for c in (load({}), load({"rollouts": {"engine": "vllm"}}), training(generation="vllm_server"))
+        ]
+        for rule in ("generate_rollouts", "train_grpo", "score_rollouts")
+    }
+    assert found == {
+        "generate_rollouts": ["python", path, "python"],
+        "train_grpo": ["python", "python", path],
+        "score_rollouts": ["python"] * 3,
+    }
+    spaced = load({"rollouts": {"engine": "vllm"}, "vllm_python": "/a folder/python"})
+    assert interpreter(spaced, "generate_rollouts") == "'/a folder/python'"
+
+
+def test_colocated_vllm_finds_the_configured_image_size_beside_the_model(base_manifest: Path, tmp_path: Path) -> None:
+    config = ModelConfig.of(load({"policy": {"min_pixels": 1568, "max_pixels": 3136}}), "hpsv2")
+    base = ROOT / json.loads(base_manifest.read_text())["path"]
+    served = served_folder(base, load_processor(base_manifest, config), tmp_path / "served")
+    size = AutoProcessor.from_pretrained(served).image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (1568, 3136)
+    one, two = (AutoConfig.from_pretrained(folder).to_dict() | {"_name_or_path": ""} for folder in (served, base))
+    assert one == two
+    assert (served / "model.safetensors").resolve() == (base / "model.safetensors").resolve()
+    assert served_folder(base, load_processor(base_manifest, config), tmp_path / "served") == served  # on resuming
+
+
+@pytest.mark.parametrize(("mode", "images"), [("colocate", 2), ("server", 13), (None, 13)])
+def test_colocated_vllm_is_given_one_token_for_each_image(
+    mode: str | None, images: int, base_manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig.of(load({}), "hpsv2")
+    trainer = object.__new__(ValidatingTrainer)
+    trainer.use_vllm, trainer.vllm_mode = mode is not None, mode
+    trainer.processing_class = processor = load_processor(base_manifest, config)
+    # As TRL does in these two; its own need an engine.
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_tokenize_prompts",
+        lambda self, prompts: processor.apply_chat_template(
+            prompts, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"],
+    )
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, prompt_ids, shown: (prompt_ids, shown))
+    (turn,) = messages(config.template, "a red circle")
+    shown = [Image.new("RGB", (84, 84)), Image.new("RGB", (56, 56))]  # 9 and 4 tokens
+    waiting = iter(shown)
+    turn["content"] = [part | {"image": next(waiting)} if part["type"] == "image" else part for part in turn["content"]]
+    expanded = trainer._tokenize_prompts([[turn]])
+    (generated,), given = trainer._generate_single_turn(expanded, shown)
+    assert generated.count(processor.image_token_id) == images and given is shown
+    assert expanded[0].count(processor.image_token_id) == 13
+    assert [t for t in generated if t != processor.image_token_id] == [
+        t for t in expanded[0] if t != processor.image_token_id
+    ]
