@@ -20,6 +20,7 @@ from filelock import FileLock
 from huggingface_hub import HfApi, hf_hub_url, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -86,9 +87,9 @@ def fetch(kind: Kind, repository: str, revision: str, patterns: list[str], targe
             raise HubError(
                 f"HF_HUB_OFFLINE is set, and the cache of the Hub's client has not all of {repository} at {revision}; "
                 f"fill it where there is a connection, set HF_HOME to where it is, or {key}.path to a folder with the "
-                f"files"
+                "files"
             )
-        repository, commit, listed = repository, cache.name, entries_of_snapshot(cache)
+        commit, listed = cache.name, entries_of_snapshot(cache)
         chosen = choose(listed, patterns, repository, commit, key)
     else:
         try:
@@ -97,7 +98,7 @@ def fetch(kind: Kind, repository: str, revision: str, patterns: list[str], targe
                     repository, repo_type=kind, revision=revision, files_metadata=True, timeout=30
                 )
             )
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             raise _explained(error, repository, revision, key) from error
         if info.id != repository:
             log.warning("%s is called %s now; change %s.repository", repository, info.id, key)
@@ -138,7 +139,7 @@ def cached_snapshot(kind: Kind, repository: str, revision: str, patterns: list[s
         found = snapshot_download(
             repository, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=True
         )
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
     names = [pattern for pattern in patterns if "*" not in pattern]
     return Path(found) if all((Path(found) / name).is_file() for name in names) else None
@@ -307,6 +308,8 @@ def _explained(error: Exception, what: str, revision: str, key: str) -> HubError
         say = "the token does not open it; check HF_TOKEN, or hf auth login"
     elif status == 429:
         say = "the Hub limits the rate of requests; wait, or give a token (HF_TOKEN), and run snakemake again"
+    elif isinstance(error, ValueError):
+        say = f"this is no name of a repository, or what answers is no Hub; check {key}.repository and HF_ENDPOINT"
     elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         say = "the disk is full; free some space, or set downloads to a folder on a larger disk"
     else:
