@@ -369,10 +369,27 @@ def test_a_cache_that_lacks_a_file(hub: Hub, cache: Path, start: Callable[..., C
     assert intact(start(hub.url, cache)(tmp_path, names), *names)
     for client, revision in ((start(hub.url, cache, HF_HUB_OFFLINE="1"), r) for r in ("main", "d" * 40)):
         error = client(tmp_path, names, revision=revision)["error"]
-        assert (
-            f"HF_HUB_OFFLINE is set, and the cache of the Hub's client has not all of lab/data at {revision}" in error
-        )
+        assert f"has all of lab/data at {revision}; download it where there is a connection" in error
         assert "datasets.x.hub.path" in error
+
+
+def test_an_earlier_download_serves_without_a_connection(
+    hub: Hub, fetch: Client, start: Callable[..., Client], tmp_path: Path
+) -> None:
+    """Checked by the digests that were listed then; a file that is gone is named."""
+    names = ["folder/part.zip", "small.json"]
+    fetch(tmp_path, names)
+    hub.requests.clear()
+    offline = start(hub.url, tmp_path / "home", HF_HUB_OFFLINE="1")
+    answer = offline(tmp_path, names, revision=COMMIT)
+    assert intact(answer, *names) and answer["folder"] == f"{tmp_path}/{COMMIT}" and not hub.requests
+    (tmp_path / COMMIT / "small.json").write_bytes(b"{}")
+    error = offline(tmp_path, names, revision=COMMIT)["error"]
+    assert f"{tmp_path}/{COMMIT}/small.json is missing or damaged" in error
+    assert "train.tar.gz is missing or damaged" in offline(tmp_path, ["train.tar.gz"], revision=COMMIT)["error"]
+    assert (
+        "lab/data at main; download it where" in offline(tmp_path, names)["error"]
+    )  # which commit that was is unknown
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
@@ -385,7 +402,9 @@ def test_a_damaged_file_in_the_cache_is_named(
     blob.write_bytes(LARGE[:-1] + bytes([LARGE[-1] ^ 1]))
     error = client(tmp_path, ["small.json", "train.tar.gz"])["error"]
     blob.write_bytes(LARGE)
-    assert f"{path} is damaged: the digest of train.tar.gz in lab/data is {sha256(LARGE).hexdigest()}" in error
+    assert (
+        f"{path} is missing or damaged: the digest of train.tar.gz in lab/data is {sha256(LARGE).hexdigest()}" in error
+    )
     assert f"delete {blob}" in error
 
 
