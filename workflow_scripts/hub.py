@@ -7,6 +7,7 @@ Hub's. Files that the client's cache holds already are used where they are.
 
 import errno
 import hashlib
+import json
 import logging
 import shutil
 import sys
@@ -20,6 +21,7 @@ from filelock import FileLock
 from huggingface_hub import HfApi, hf_hub_url, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -29,7 +31,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
-from workflow_scripts.provenance import described
+from workflow_scripts.provenance import described, write_json
 
 log = logging.getLogger("softpref")
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it says every address, and those of contents are signed
@@ -68,6 +70,8 @@ class Fetched(NamedTuple):
 def fetch(kind: Kind, repository: str, revision: str, patterns: list[str], target: Path, key: str) -> Fetched:
     """Files of a repository, from the client's cache where it has them all, else downloaded to `target`/commit.
 
+    With HF_HUB_OFFLINE=1 only what the cache or an earlier download to `target` holds.
+
     Args:
         kind: of the repository.
         repository: "owner/name".
@@ -81,14 +85,18 @@ def fetch(kind: Kind, repository: str, revision: str, patterns: list[str], targe
             or a file's digest is not the Hub's.
     """
     if is_offline_mode():
-        cache = cached_snapshot(kind, repository, revision, patterns)
-        if cache is None:
+        there, listing = cached_snapshot(kind, repository, revision, patterns), target / f"{revision}.json"
+        if there:
+            commit, listed = there.name, entries_of_snapshot(there)
+        elif listing.is_file():
+            there, commit = target / revision, revision
+            listed = [Entry(**entry) for entry in json.loads(listing.read_text(encoding="utf-8"))]
+        else:
             raise HubError(
-                f"HF_HUB_OFFLINE is set, and the cache of the Hub's client has not all of {repository} at {revision}; "
-                f"fill it where there is a connection, set HF_HOME to where it is, or {key}.path to a folder with the "
-                f"files"
+                f"HF_HUB_OFFLINE is set, and neither the cache of the Hub's client nor {target} has all of "
+                f"{repository} at {revision}; download it where there is a connection, set HF_HOME to where the cache "
+                f"is, or {key}.path to a folder with the files"
             )
-        repository, commit, listed = repository, cache.name, entries_of_snapshot(cache)
         chosen = choose(listed, patterns, repository, commit, key)
     else:
         try:
@@ -97,28 +105,29 @@ def fetch(kind: Kind, repository: str, revision: str, patterns: list[str], targe
                     repository, repo_type=kind, revision=revision, files_metadata=True, timeout=30
                 )
             )
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             raise _explained(error, repository, revision, key) from error
         if info.id != repository:
             log.warning("%s is called %s now; change %s.repository", repository, info.id, key)
         repository, commit = info.id, info.sha
         listed = [Entry(s.rfilename, s.size, s.lfs.sha256 if s.lfs else s.blob_id) for s in info.siblings]
         chosen = choose(listed, patterns, repository, commit, key)
-        cache = cached_snapshot(kind, repository, commit, [entry.name for entry in chosen])
+        there = cached_snapshot(kind, repository, commit, [entry.name for entry in chosen])
 
     files = {}
-    if cache:
+    if there:
         for entry in chosen:
-            path = cache / entry.name
+            path = there / entry.name
             files[entry.name] = described_if_right(path, entry)
             if not files[entry.name]:
                 raise HubError(
-                    f"{path} is damaged: the digest of {entry.name} in {repository} is {entry.digest}; delete "
-                    f"{path.resolve()} and run snakemake again with a connection to download it"
+                    f"{path} is missing or damaged: the digest of {entry.name} in {repository} is {entry.digest}; "
+                    f"delete {path.resolve()} and run snakemake again with a connection to download it"
                 )
-        log.info("%s at %s is in the cache of the Hub's client, %s; nothing is downloaded", repository, commit, cache)
-        return Fetched(cache, repository, commit, files)
+        log.info("%s at %s is in %s; nothing is downloaded", repository, commit, there)
+        return Fetched(there, repository, commit, files)
 
+    write_json(target / f"{commit}.json", [entry._asdict() for entry in listed])  # for runs without a connection
     target = target / commit
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
@@ -138,7 +147,7 @@ def cached_snapshot(kind: Kind, repository: str, revision: str, patterns: list[s
         found = snapshot_download(
             repository, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=True
         )
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
     names = [pattern for pattern in patterns if "*" not in pattern]
     return Path(found) if all((Path(found) / name).is_file() for name in names) else None
@@ -307,6 +316,8 @@ def _explained(error: Exception, what: str, revision: str, key: str) -> HubError
         say = "the token does not open it; check HF_TOKEN, or hf auth login"
     elif status == 429:
         say = "the Hub limits the rate of requests; wait, or give a token (HF_TOKEN), and run snakemake again"
+    elif isinstance(error, ValueError):
+        say = f"this is no name of a repository, or what answers is no Hub; check {key}.repository and HF_ENDPOINT"
     elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         say = "the disk is full; free some space, or set downloads to a folder on a larger disk"
     else:

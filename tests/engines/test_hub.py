@@ -1,5 +1,6 @@
 """Downloads through the real client of the Hub, from a Hub on loopback that also fails in the ways known of it."""
 
+import errno
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from hub_server import Hub, Repository, published_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from workflow_scripts import hub as hub_module
 from workflow_scripts.configuration import load
 from workflow_scripts.download_dataset import needed_files
 from workflow_scripts.provenance import ROOT
@@ -181,7 +183,7 @@ def test_a_killed_process_goes_on_where_it_was(
     names, part = ["small.json", "train.tar.gz"], tmp_path / COMMIT / "train.tar.gz.part"
     first = start(hub.url, tmp_path / "home")
     first.send(tmp_path, names)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (part.is_file() and part.stat().st_size == CHUNK):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -250,6 +252,10 @@ def test_too_little_disk_is_said_before_anything_is_fetched(
             {"repository": "lab/absent"},
             "lab/absent: there is no such repository, or it is private; check datasets.x.hub",
         ),
+        (
+            {"repository": "no name!"},
+            "no name!: this is no name of a repository, or what answers is no Hub; check datas",
+        ),
         ({"revision": "v9"}, "lab/data: it has no revision v9; set datasets.x.hub.revision to a commit, tag or branch"),
         ({"patterns": ["small.json", "no.json"]}, f"lab/data at {COMMIT} has no no.json (1 of 2 files are not there)"),
         (
@@ -304,6 +310,34 @@ def test_no_connection_says_what_there_is_without_one(start: Callable[..., Clien
     assert "without a connection use a filled cache (HF_HUB_OFFLINE=1), or set datasets.x.hub.path" in error
 
 
+def test_a_full_disk_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def full(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub_module, "http_get", full)
+    with pytest.raises(hub_module.HubError, match=r"lab/data, a\.zip: the disk is full; free some"):
+        hub_module.download("http://127.0.0.1", hub_module.Entry("a.zip", 5, "0" * 64), tmp_path, "lab/data", "x")
+    assert calls == [1]
+
+
+def test_a_log_gets_a_line_of_progress_now_and_then(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none for what is done at once."""
+    for seconds, lines in ((30, 0), (0, 2)):
+        monkeypatch.setattr(hub_module, "SECONDS_BETWEEN_LINES", seconds)
+        with (
+            caplog.at_level("INFO", "softpref"),
+            hub_module.Progress(total=4 * CHUNK, unit="B", unit_scale=True) as bar,
+        ):
+            bar.update(CHUNK)
+        assert bool(caplog.messages) == bool(lines)
+    assert "25%" in caplog.messages[-1] and "10.5M/41.9M" in caplog.messages[-1]
+
+
 # --------------------------------------------------------------------------------------------------- a filled cache
 
 
@@ -314,7 +348,7 @@ def cache(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [Path(sys.executable).with_name("hf"), "download", "lab/data", "--repo-type", "dataset"]
     command += ["small.json", "train.tar.gz"]
     environment = os.environ | {"HF_ENDPOINT": served.url, "HF_HOME": str(home)}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
     return home
 
 
@@ -335,10 +369,27 @@ def test_a_cache_that_lacks_a_file(hub: Hub, cache: Path, start: Callable[..., C
     assert intact(start(hub.url, cache)(tmp_path, names), *names)
     for client, revision in ((start(hub.url, cache, HF_HUB_OFFLINE="1"), r) for r in ("main", "d" * 40)):
         error = client(tmp_path, names, revision=revision)["error"]
-        assert (
-            f"HF_HUB_OFFLINE is set, and the cache of the Hub's client has not all of lab/data at {revision}" in error
-        )
+        assert f"has all of lab/data at {revision}; download it where there is a connection" in error
         assert "datasets.x.hub.path" in error
+
+
+def test_an_earlier_download_serves_without_a_connection(
+    hub: Hub, fetch: Client, start: Callable[..., Client], tmp_path: Path
+) -> None:
+    """Checked by the digests that were listed then; a file that is gone is named."""
+    names = ["folder/part.zip", "small.json"]
+    fetch(tmp_path, names)
+    hub.requests.clear()
+    offline = start(hub.url, tmp_path / "home", HF_HUB_OFFLINE="1")
+    answer = offline(tmp_path, names, revision=COMMIT)
+    assert intact(answer, *names) and answer["folder"] == f"{tmp_path}/{COMMIT}" and not hub.requests
+    (tmp_path / COMMIT / "small.json").write_bytes(b"{}")
+    error = offline(tmp_path, names, revision=COMMIT)["error"]
+    assert f"{tmp_path}/{COMMIT}/small.json is missing or damaged" in error
+    assert "train.tar.gz is missing or damaged" in offline(tmp_path, ["train.tar.gz"], revision=COMMIT)["error"]
+    assert (
+        "lab/data at main; download it where" in offline(tmp_path, names)["error"]
+    )  # which commit that was is unknown
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
@@ -351,7 +402,9 @@ def test_a_damaged_file_in_the_cache_is_named(
     blob.write_bytes(LARGE[:-1] + bytes([LARGE[-1] ^ 1]))
     error = client(tmp_path, ["small.json", "train.tar.gz"])["error"]
     blob.write_bytes(LARGE)
-    assert f"{path} is damaged: the digest of train.tar.gz in lab/data is {sha256(LARGE).hexdigest()}" in error
+    assert (
+        f"{path} is missing or damaged: the digest of train.tar.gz in lab/data is {sha256(LARGE).hexdigest()}" in error
+    )
     assert f"delete {blob}" in error
 
 
@@ -376,7 +429,7 @@ def stage(published: Hub, tmp_path: Path) -> Stage:
         command = [sys.executable, "-m", f"workflow_scripts.{name}", "--config", config.canonical()]
         command += [word for key, path in files.items() for word in (f"--{key}", str(path))]
         environment = os.environ | {"HF_ENDPOINT": published.url, "HF_HOME": str(tmp_path / "home")}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
     return run
 
