@@ -367,7 +367,8 @@ def main() -> None:
         processor, base = load_processor(arguments.base, config.model), load_model(arguments.base, config.model)
         check_adapted_layers(base, t.lora.target_modules)
         if t.generation == "vllm_colocate":
-            base.name_or_path = str(served_folder(base_path(arguments.base), processor, folder / "served"))
+            with settings.main_process_first():
+                base.name_or_path = str(served_folder(base_path(arguments.base), processor, folder / "served"))
         # Every key is given: a default that changed elsewhere must not change which adapter is kept.
         sampling = Sampling(
             temperature=t.temperature,
