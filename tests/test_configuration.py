@@ -208,8 +208,10 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
 def instances(c: Configuration) -> Iterator[stages.StageConfig]:
     """The configuration of stages for every track, data set, split, policy."""
     yield from (stages.ColdStartPolicy.of(c), stages.PrepareBasePolicy.of(c), stages.MakeTables.of(c))
+    yield stages.RecordOwnData.of(c)
     for dataset in get_args(Dataset):
-        yield from (stages.SynthesizeDataset.of(c, dataset), stages.DownloadDataset.of(c, dataset))
+        if dataset != "own":
+            yield from (stages.SynthesizeDataset.of(c, dataset), stages.DownloadDataset.of(c, dataset))
         for split in get_args(Split):
             yield from (
                 stages.ReadAnnotations.of(c, dataset, split),
@@ -259,6 +261,9 @@ def test_a_key_changes_the_stages_that_use_it_and_no_others() -> None:
     assert changed({"rollouts": {"blocks": 2}}) == set()  # more files, and the others stay
     assert changed({"training": {"hpsv2": {"beta": 0}}}) == {"TrainGrpo"}
     assert changed({"datasets": {"hpsv2": {"train_fraction": 0.5}}}) == {"SelectSubset", "MakeTables"}
+    assert changed({"datasets": {"own": {"folder": "elsewhere", "test_fraction": 0.3}}}) == {"RecordOwnData"}
+    assert changed({"datasets": {"own": {"title": "unused"}}}) == set()
+    assert changed({"policy": {"image_processor": {"do_rescale": True}}}) == {"TrainGrpo", "GenerateRollouts"}
     assert changed({"numeric_threads": 2}) == {"ColdStartPolicy", "TrainGrpo", "GenerateRollouts"}
     assert changed({"prompts": {"pointwise": "{image}{prompt}"}}) == {
         "ColdStartPolicy",
@@ -273,6 +278,25 @@ def test_training_of_one_track_ignores_the_keys_of_the_other() -> None:
     one, two = load({}), load({"training": {"hpsv2": {"steps": 7}}, "prompts": {"pairwise": "{image}{image}{prompt}"}})
     assert stages.TrainGrpo.of(one, "imagereward", 0) == stages.TrainGrpo.of(two, "imagereward", 0)
     assert stages.TrainGrpo.of(one, "hpsv2", 0) != stages.TrainGrpo.of(two, "hpsv2", 0)
+
+
+def test_own_data_are_trained_on_by_their_protocol() -> None:
+    one = load({"training": {"own": {"rewards": {"exact": 2}, "steps": 7}}})
+    two = load({"datasets": {"own": {"protocol": "pairwise"}}, "training": {"own": {"rewards": {"exact": 2}}}})
+    rated, compared = (stages.TrainGrpo.of(c, "own", 0) for c in (one, two))
+    assert (rated.model.protocol, dict(rated.training.rewards)) == ("pointwise", dict(format=1, exact=2, approximate=1))
+    assert (compared.model.protocol, dict(compared.training.rewards)) == ("pairwise", dict(format=1, exact=2))
+    assert (rated.training.steps, compared.training.steps) == (7, 100)
+    for c, protocol in ((one, "pointwise"), (two, "pairwise")):
+        assert stages.MeasureAccuracy.of(c, "own", "grpo", "imagereward", 0).protocol == protocol
+        assert stages.MeasureAccuracy.of(c, "hpsv2", "grpo", "own", 0).protocol == "pairwise"
+
+
+def test_tables_are_told_of_own_data_only_where_they_are_used() -> None:
+    own: dict[str, Any] = {"datasets": {"own": {"title": "shapes"}}}
+    assert "own_title" not in json.loads(stages.MakeTables.of(load(own)).canonical())
+    for use in ({"tracks": ["own"]}, {"cross_tests": [{"track": "hpsv2", "test": "own"}]}):
+        assert stages.MakeTables.of(load(own | use)).own_title == "shapes"
 
 
 def test_shards_cover_the_test_prompts_once() -> None:

@@ -159,7 +159,10 @@ def gemma3() -> tuple[Any, Any]:
         chat_template=SMOLVLM_CHAT_TEMPLATE.replace("<image>", "<start_of_image>").replace("<end_of_utterance>", ""),
         image_seq_length=4,
     )
-    return Gemma3ForConditionalGeneration(config), processor
+    model = Gemma3ForConditionalGeneration(config)
+    # Born as zeros, which would show every image alike.
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=INITIALIZER_RANGE)
+    return model, processor
 
 
 def internvl() -> tuple[Any, Any]:
