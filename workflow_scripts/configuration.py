@@ -507,22 +507,37 @@ class Tracking(Section):
 class JobResources(Section):
     """What one job of a rule asks of the machine."""
 
-    memory_gigabytes: float = Field(gt=0)
+    memory_gigabytes: float = Field(4.0, gt=0)
     """Main memory, not the GPU's."""
-    minutes: int = Field(ge=1)
+    minutes: int = Field(240, ge=1)
+    """Time limit."""
+
+
+class DownloadResources(JobResources):
+    """What a download asks of the machine."""
+
+    minutes: int = Field(1440, ge=1)
+    """Time limit."""
+
+
+class SmallResources(JobResources):
+    """What a job without a model or an image asks of the machine."""
+
+    memory_gigabytes: float = Field(2.0, gt=0)
+    """Main memory, not the GPU's."""
+    minutes: int = Field(60, ge=1)
     """Time limit."""
 
 
 class Resources(Section):
     """What a cluster reserves for one job; no key of this section reruns anything. GPUs follow from `policy.device`."""
 
-    download_dataset: JobResources = JobResources(memory_gigabytes=4, minutes=1440)
-    read_images: JobResources = JobResources(memory_gigabytes=4, minutes=240)
-    cold_start_policy: JobResources = JobResources(memory_gigabytes=4, minutes=240)
-    train_grpo: JobResources = JobResources(memory_gigabytes=4, minutes=240)
-    generate_rollouts: JobResources = JobResources(memory_gigabytes=4, minutes=240)
-    others: JobResources = JobResources(memory_gigabytes=2, minutes=60)
-    """All rules that have no section of their own."""
+    download_dataset: DownloadResources = DownloadResources()
+    read_images: JobResources = JobResources()
+    cold_start_policy: JobResources = JobResources()
+    train_grpo: JobResources = JobResources()
+    generate_rollouts: JobResources = JobResources()
+    others: SmallResources = SmallResources()
 
 
 class Configuration(Section):
