@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.workflow.checkout import Workflow
-from workflow_scripts.configuration import Configuration
 from workflow_scripts.policy.prompts import RATINGS, well_formed
 from workflow_scripts.preferences.schema import read_table
 from workflow_scripts.provenance import ROOT, verify_chain
@@ -38,7 +37,8 @@ def test_from_data_to_an_accuracy_by_vllm(tmp_path: Path, monkeypatch: pytest.Mo
     assert sum(well_formed(row["text"], RATINGS) for row in rows) > len(rows) / 2
     scores = pq.read_table(workflow.results / "scores/imagereward/zeroshot/seed0/imagereward.parquet")
     assert scores.num_rows == len(rows)
-    assert json.loads(accuracy.read_text())["measurements"]
+    measured = json.loads(accuracy.read_text())
+    assert measured["cells"] and measured["images"] == len({row["item_id"] for row in rows})
 
     monkeypatch.chdir(workflow.folder)
     sidecar = verify_chain(accuracy.relative_to(workflow.folder))
@@ -54,4 +54,3 @@ def test_from_data_to_an_accuracy_by_vllm(tmp_path: Path, monkeypatch: pytest.Mo
     assert "Nothing to be done" in workflow.snakemake("-n", target, overlay=elsewhere)
     other = overlay | {"rollouts": overlay["rollouts"] | {"engine": "transformers"}}
     assert "generate_rollouts" in workflow.snakemake("-n", target, overlay=other)
-    assert Configuration().rollouts.engine == "transformers"
