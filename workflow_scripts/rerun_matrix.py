@@ -33,6 +33,7 @@ CHOSEN: dict[str, Any] = {
     "tracks": ["hpsv2"],
     "cross_tests": [{"track": "hpsv2", "test": "imagereward"}, {"track": "imagereward", "test": "hpsv2"}],
     "scoring.report_k": [1, 2],
+    "datasets.own.annotations": "pairs.jsonl",
     "policy.image_processor": {"do_normalize": False},
 }
 # Configurations that between them use every rule.
