@@ -34,6 +34,7 @@ CHOSEN: dict[str, Any] = {
     "cross_tests": [{"track": "hpsv2", "test": "imagereward"}, {"track": "imagereward", "test": "hpsv2"}],
     "scoring.report_k": [1, 2],
     "distributed.strategy": "ddp",  # the others need a GPU
+    "datasets.own.annotations": "pairs.jsonl",
     "policy.image_processor": {"do_normalize": False},
     "training.imagereward.generation": "transformers",  # vLLM needs a GPU there
     "training.hpsv2.generation": "transformers",
