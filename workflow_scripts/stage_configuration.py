@@ -170,7 +170,8 @@ class ModelConfig(Section):
     template: str
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["cpu", "cuda"]
-    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    # Left out at its default, which is what was taken before there was the key.
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", exclude_if=lambda name: name == "sdpa")
     min_pixels: int
     max_pixels: int
     numeric_threads: int
