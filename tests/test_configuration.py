@@ -151,6 +151,10 @@ def test_no_number_stays_text() -> None:
         ),
         ({"training": {"hpsv2": {"rewards": {"approximate": 1}}}}, "rewards.approximate: unknown key"),
         ({"training": 3}, "training: 3 is not allowed"),
+        (
+            {"policy": {"attention": "flash_attention_2"}},
+            "needs device cuda and dtype .* not cpu and float32; set it to",
+        ),
     ],
 )
 def test_wrong_values_are_explained(raw: dict[str, Any], message: str) -> None:
@@ -264,6 +268,7 @@ def test_a_key_changes_the_stages_that_use_it_and_no_others() -> None:
     assert changed({"datasets": {"own": {"folder": "elsewhere", "test_fraction": 0.3}}}) == {"RecordOwnData"}
     assert changed({"datasets": {"own": {"title": "unused"}}}) == set()
     assert changed({"policy": {"image_processor": {"do_rescale": True}}}) == {"TrainGrpo", "GenerateRollouts"}
+    assert changed({"policy": {"attention": "eager"}}) == {"TrainGrpo", "GenerateRollouts"}
     assert changed({"numeric_threads": 2}) == {"ColdStartPolicy", "TrainGrpo", "GenerateRollouts"}
     assert changed({"prompts": {"pointwise": "{image}{prompt}"}}) == {
         "ColdStartPolicy",

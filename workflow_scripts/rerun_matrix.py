@@ -177,7 +177,7 @@ def key_rows(run: FinishedRun) -> dict[str, tuple[str, list[str]]]:
         again = Counter(job.rule for job in jobs if job.reruns)
         new = Counter(job.rule for job in jobs if not job.reruns)
         if other is None:
-            shown = f"{text(value)}, its only value"
+            shown = f"{text(value)}, its only value here"
         else:
             shown = "" if field.annotation is str else f"{text(value)} → {text(other)}"
         rows[key] = shown, [cell(again[rule], every[rule], new[rule]) for rule in stages()]
@@ -236,7 +236,9 @@ Made by `make reruns` from real dry runs on a finished run of `configs/test.yaml
 One row is one `snakemake -n` with another value of that key alone. **●** every job of the rule runs again, **● 2/5**
 two of its five; **+3** three jobs make something that was not there, and what is there stays. An empty row reruns
 nothing. Keys that do the same share a row. Both data sets are synthetic here and the policy is the bundled one: keys of
-`hub` and `cold_start` matter where `source` says so.
+`hub` and `cold_start` matter where `source` says so. `distributed.strategy` and `generation` have other values on a GPU
+only; they are part of `train_grpo`'s configuration and rerun that training. So do `vllm` and `rollouts.vllm` where vLLM
+generates.
 
 {keys}
 

@@ -188,10 +188,10 @@ class ModelConfig(Section):
     template: str
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["cpu", "cuda"]
-    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    # These two are left out at their defaults, which is what was taken before there were the keys.
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", exclude_if=lambda name: name == "sdpa")
     min_pixels: int | None
     max_pixels: int | None
-    # Left out where nothing is set: a policy without such settings keeps the canonical JSON that it had before the key.
     image_processor: dict[str, Any] = Field(default={}, exclude_if=lambda settings: not settings)
     numeric_threads: int
 

@@ -153,3 +153,18 @@ def test_tags_are_single_tokens_that_decoding_keeps(policies: dict[str, Any]) ->
     for tag in TAGS:
         (token,) = tokenizer(tag)["input_ids"]
         assert tokenizer.decode([token], skip_special_tokens=True) == tag
+
+
+def test_attention_is_computed_as_configured_and_comes_out_the_same(base_manifest: Path, scenes: Any) -> None:
+    prompt, pictures = scenes[0]
+    processor = load_processor(base_manifest, POINTWISE)
+    chat = processor.apply_chat_template(messages(POINTWISE.template, prompt), add_generation_prompt=True)
+    inputs = processor(text=[chat], images=[next(iter(pictures.values()))], return_tensors="pt")
+    logits = {}
+    for attention in ("sdpa", "eager"):
+        model = load_model(base_manifest, POINTWISE.model_copy(update={"attention": attention}))
+        parts = (model.config, model.config.text_config, model.config.vision_config)
+        assert {part._attn_implementation for part in parts} == {attention}
+        with torch.no_grad():
+            logits[attention] = model(**inputs).logits
+    assert torch.allclose(logits["sdpa"], logits["eager"], atol=1e-4)

@@ -61,9 +61,8 @@ def _dataset(c: Configuration, dataset: Dataset, trained: bool) -> list[Artifact
     splits: list[Any] = ["train", "validation", "test"] if trained else ["test"]
     if data.source == "synthetic":
         size = SYNTHETIC_IMAGE[dataset]
-        kept = {
-            split: size * sum(len(row.images) for row in selected_rows(c, dataset, split) or []) for split in splits
-        }
+        counted = {split: selected_rows(c, dataset, split) or [] for split in splits}
+        kept = {split: float(size * sum(len(row.images) for row in rows)) for split, rows in counted.items()}
         all_splits: list[Any] = ["train", "validation", "test"] if dataset == "imagereward" else ["train", "test"]
         raw = float(size * sum(len(row.images) for split in all_splits for row in synthetic_rows(c, dataset, split)))
         download = 0.0

@@ -208,6 +208,10 @@ def questions(
         if count:
             each = text_tokens(template, row.prompt) + visual
             tokens, items, longest, asked = tokens + count * each, items + count, max(longest, each), asked + 1
+    if not items:
+        raise PlanError(
+            f"datasets.{dataset}: nothing is left of its {split} split to ask about; raise what is kept of it"
+        )
     return Questions(asked, items, tokens, longest, typical, largest, counted=True)
 
 
