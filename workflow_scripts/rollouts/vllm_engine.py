@@ -140,6 +140,8 @@ def generate(
     vLLM is given `batch_items` items at once; `images` are RGB. `seed` is any text; each rollout draws from generators
     of its own made from it.
     """
+    if not items:  # a shard beyond the end of the test set, or one whose images cannot be read
+        return
     chats = [messages(policy.template, item.prompt) for item in items]
     prompts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     token_ids = policy.tokenizer(prompts, add_special_tokens=False)["input_ids"]
