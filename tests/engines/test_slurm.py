@@ -174,4 +174,4 @@ rule generate_rollouts:
     for job in jobs:
         assert job["gpu"] in ("0", "1")
         assert job["TimeLimit"] == "00:07:00" and job["MinMemoryNode"] == "1500M"
-        assert "gres/gpu=1" in job["TRES"]
+        assert job["TresPerJob"].endswith("gpu:1")
