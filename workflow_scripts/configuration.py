@@ -223,8 +223,8 @@ class TrainingVllm(Section):
 
     gpu_memory_utilization: float = Field(0.3, gt=0, lt=1)
     """Colocate: share of the GPU's memory for vLLM, its copy of the weights included."""
-    max_model_len: int | None = Field(None, ge=64)
-    """Colocate: longest question with its completion, in tokens; null: the model's context, which may not fit."""
+    max_model_len: int = Field(4096, ge=64)
+    """Colocate: longest question with its completion, in tokens; at most the model's context."""
     server_url: str = "http://127.0.0.1:8000"
     """Server: address of the running `vllm serve`."""
 
@@ -334,8 +334,9 @@ class RolloutsVllm(Section):
     """Share of the GPU's memory for weights and KV cache."""
     cpu_cache_gigabytes: int = Field(1, ge=1)
     """KV cache on CPU."""
-    max_model_len: int | None = Field(None, ge=64)
-    """Longest question with its completion, in tokens; longer ones are left out. Null: the model's context."""
+    max_model_len: int = Field(4096, ge=64)
+    """Longest question with its completion, in tokens, where the model's context is not shorter. What does not fit is
+    left out with a warning."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that share one copy of the model."""
     enforce_eager: bool = False

@@ -35,9 +35,6 @@ CHOSEN: dict[str, Any] = {
     "scoring.report_k": [1, 2],
     "training.imagereward.generation": "transformers",  # vLLM needs a GPU there
     "training.hpsv2.generation": "transformers",
-    "training.imagereward.vllm.max_model_len": 1024,
-    "training.hpsv2.vllm.max_model_len": 1024,
-    "rollouts.vllm.max_model_len": 1024,
 }
 # Configurations that between them use every rule.
 SOURCES: list[dict[str, Any]] = [

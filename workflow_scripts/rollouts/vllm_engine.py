@@ -69,6 +69,9 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
             f"{adapter} has rank {rank}, vLLM takes at most {RANKS[-1]}; set rollouts.engine to transformers"
         )
     processor = load_processor(manifest, config)
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    text_config = model_config.get_text_config()
+    text_config.max_position_embeddings = min(settings.max_model_len, text_config.max_position_embeddings)
     size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     on_gpu = {
         "gpu_memory_utilization": settings.gpu_memory_utilization,
@@ -79,7 +82,7 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         model=str(folder),
         dtype=config.dtype,
         seed=0,
-        max_model_len=settings.max_model_len,
+        max_model_len=text_config.max_position_embeddings,
         generation_config="vllm",  # vLLM's own defaults, not the model's: every setting is given with each request
         enable_prefix_caching=True,
         # A question prefilled in two parts would draw one random number more (on CPU vLLM fails there).
@@ -93,8 +96,6 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         disable_log_stats=True,
         **(on_gpu if config.device == "cuda" else {"enforce_eager": True, "block_size": 32}),
     )
-    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model_config.get_text_config().max_position_embeddings = llm.llm_engine.model_config.max_model_len
     ends = _end_ids(folder, model_config) | {processor.tokenizer.eos_token_id}
     request = LoRARequest("adapter", 1, str(adapter.resolve())) if adapter else None
     model: Any = VllmModel(llm, model_config, ends, request)
