@@ -462,6 +462,11 @@ class Configuration(Section):
                 f"scoring.report_k asks for Mean@{max(self.scoring.report_k)} but rollouts.blocks x "
                 f"rollouts.block_size records {recorded}; record more blocks or report a smaller k"
             )
+        if self.rollouts.engine == "vllm" and self.rollouts.sampling.temperature > 2:
+            raise ValueError(
+                f"rollouts.sampling.temperature {self.rollouts.sampling.temperature} is more than vLLM takes, 2; lower it "
+                "or set rollouts.engine to transformers"
+            )
         for track in self.tracks:
             generation = getattr(self.training, track).generation
             if generation != "transformers" and self.policy.device == "cpu":

@@ -181,7 +181,7 @@ def test_answers_are_sampled_as_their_log_probabilities_say(pair: Pair) -> None:
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
 def test_thoughts_are_sampled_as_the_model_and_the_settings_say(pair: Pair, options: dict[str, Any]) -> None:
     item, count = pair.items[0], 300
-    sampling = Sampling(temperature=4, max_thinking_tokens=1, max_answer_tokens=2, **options)
+    sampling = Sampling(temperature=2, max_thinking_tokens=1, max_answer_tokens=2, **options)
     rows = pair.run([item], rollouts=count, sampling=sampling)
     logits = pair.forward(item, [])
     warped = transformers_engine._warpers(sampling)(torch.empty(1, 0), logits[None].float())[0].softmax(-1)  # type: ignore[arg-type]
