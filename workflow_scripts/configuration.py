@@ -464,8 +464,8 @@ class Configuration(Section):
             )
         if self.rollouts.engine == "vllm" and self.rollouts.sampling.temperature > 2:
             raise ValueError(
-                f"rollouts.sampling.temperature {self.rollouts.sampling.temperature} is more than vLLM takes, 2; lower it "
-                "or set rollouts.engine to transformers"
+                f"rollouts.sampling.temperature {self.rollouts.sampling.temperature} is more than vLLM takes, 2; lower "
+                "it or set rollouts.engine to transformers"
             )
         for track in self.tracks:
             generation = getattr(self.training, track).generation
