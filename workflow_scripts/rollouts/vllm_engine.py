@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from workflow_scripts.configuration import RolloutsVllm, Sampling
-from workflow_scripts.policy.loading import Policy, as_policy, load_processor
+from workflow_scripts.policy.loading import Policy, as_policy, image_settings, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
 from workflow_scripts.rollouts.items import Item, stable_random
@@ -69,7 +69,9 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
             f"{adapter} has rank {rank}, vLLM takes at most {RANKS[-1]}; set rollouts.engine to transformers"
         )
     processor = load_processor(manifest, config)
-    size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    text_config = model_config.get_text_config()
+    text_config.max_position_embeddings = min(settings.max_model_len, text_config.max_position_embeddings)
     on_gpu = {
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "tensor_parallel_size": settings.tensor_parallel_size,
@@ -79,22 +81,20 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         model=str(folder),
         dtype=config.dtype,
         seed=0,
-        max_model_len=settings.max_model_len,
+        max_model_len=text_config.max_position_embeddings,
         generation_config="vllm",  # vLLM's own defaults, not the model's: every setting is given with each request
         enable_prefix_caching=True,
         # A question prefilled in two parts would draw one random number more (on CPU vLLM fails there).
         enable_chunked_prefill=False,
         logprobs_mode="raw_logprobs",  # before temperature and other sampling settings
         limit_mm_per_prompt={"image": config.template.count("{image}"), "video": 0},
-        mm_processor_kwargs={"size": size},
+        mm_processor_kwargs=image_settings(config),
         enable_lora=adapter is not None,
         max_lora_rank=min(room for room in RANKS if room >= rank),
         trust_remote_code=False,
         disable_log_stats=True,
         **(on_gpu if config.device == "cuda" else {"enforce_eager": True, "block_size": 32}),
     )
-    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model_config.get_text_config().max_position_embeddings = llm.llm_engine.model_config.max_model_len
     ends = _end_ids(folder, model_config) | {processor.tokenizer.eos_token_id}
     request = LoRARequest("adapter", 1, str(adapter.resolve())) if adapter else None
     model: Any = VllmModel(llm, model_config, ends, request)
