@@ -20,8 +20,7 @@ INSTALLED := .venv/requirements.lock
 ENVIRONMENT_GB := $(if $(filter Linux,$(shell uname -s)),8,2)
 DOWNLOAD_GB := $(if $(filter Linux,$(shell uname -s)),4,1)
 
-.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs reruns reliability lock vllm-cpu vllm-gpu test-vllm \
-    lock-vllm
+.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs reruns reliability lock vllm-cpu vllm-gpu test-vllm lock-vllm
 
 help: ## list what there is
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'

@@ -51,6 +51,8 @@ rule record_own_data:
         f"{RESULTS}/logs/record_own_data.log",
     conda:
         "../envs/softpref.yaml"
+    resources:
+        **stages.job_resources(configuration, "record_own_data"),
     params:
         config=lambda w: stages.RecordOwnData.of(configuration).canonical(),
         code=code_digest("record_own_data"),

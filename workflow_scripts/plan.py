@@ -137,7 +137,7 @@ def text_counter(c: Configuration, folder: Path | None) -> TextTokens:
 
     from workflow_scripts.policy.prompts import messages
 
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     image = processor.image_token
 
     def counted(template: str, prompt: str) -> float:

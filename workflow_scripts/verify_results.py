@@ -154,6 +154,11 @@ def main() -> int:
         configuration = read_configuration(arguments.configfile)
     except (ConfigurationError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
+    if arguments.folder.resolve() != Path(configuration.results).resolve():
+        other = f"{arguments.folder} is not the results folder of this configuration, {configuration.results}"
+        if arguments.remove:
+            parser.error(f"{other}; name its overlays by --configfile, or nothing would fit")
+        print(f"note: {other}; --configfile names its overlays\n")
     found = sidecars(arguments.folder)
     if not found:
         parser.error(f"{arguments.folder} holds no provenance files; is it a results folder?")
