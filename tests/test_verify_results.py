@@ -62,7 +62,14 @@ def test_a_results_folder_in_another_is_left_out(
         (folder / "logs").mkdir()
 
     def misfits(folder: Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["verify_results", str(folder), "--remove"])
+        overlay = tmp_path / "overlay.yaml"
+        overlay.write_text(f"results: {folder}\n")
+        words = ["verify_results", str(folder), "--remove"]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit):
+            main()
+        assert "is not the results folder of this configuration, results; name its overlays" in capsys.readouterr().err
+        monkeypatch.setattr(sys, "argv", [*words, "--configfile", str(overlay)])
         code, said = main(), capsys.readouterr().out
         assert (code == 1) == ("seed = 1" in said) == ("do not fit." in said)
         return said

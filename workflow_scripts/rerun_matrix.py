@@ -233,9 +233,9 @@ Made by `make reruns` from real dry runs on a finished run of `configs/test.yaml
 One row is one `snakemake -n` with another value of that key alone. **●** every job of the rule runs again, **● 2/5**
 two of its five; **+3** three jobs make something that was not there, and what is there stays. An empty row reruns
 nothing. Keys that do the same share a row. Both data sets are synthetic here and the policy is the bundled one: keys of
-`hub` and `cold_start` matter where `source` says so, those of `own` where a policy is trained or tested on own data. What
-generates in training, and the strategy of several processes, have other values only on a GPU; there they rerun training,
-and the keys of `vllm` what vLLM generates.
+`hub` and `cold_start` matter where `source` says so, those of `own` where a policy is trained or tested on own data.
+What generates in training, and the strategy of several processes, have other values only on a GPU; there they rerun
+training, and the keys of `vllm` what vLLM generates.
 
 {keys}
 

@@ -15,11 +15,8 @@ from workflow_scripts.configuration_reference import leaves
 from workflow_scripts.provenance import PACKAGE, ROOT, WITHOUT_EFFECT, module_closure
 from workflow_scripts.rerun_matrix import modules, stages
 
-NOT_RUN = {
-    "download_dataset",
-    "cold_start_policy",
-    "record_own_data",
-}  # configs/test.yaml takes data and policy from elsewhere
+# configs/test.yaml takes data and policy from elsewhere.
+NOT_RUN = {"download_dataset", "cold_start_policy", "record_own_data"}
 SCORING = {"score_rollouts", "measure_accuracy", "make_tables"}
 TRAINING = {"train_grpo", "generate_rollouts", *SCORING}
 MODULES = sorted({f"{PACKAGE}/{module.replace('.', '/')}.py" for module in modules()})
