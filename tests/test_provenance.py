@@ -21,6 +21,7 @@ from workflow_scripts.provenance import (
     ProvenanceError,
     canonical_json,
     check_file,
+    checked_raw_file,
     code_digest,
     described,
     module_closure,
@@ -381,6 +382,19 @@ def test_an_untouched_file_is_not_read_again(output: Path) -> None:
     os.utime(output, ns=(times.st_atime_ns, times.st_mtime_ns))
     # Size and time as recorded are taken for the content as recorded.
     assert check_file(output, record, sidecar_path(output)) == record["sha256"]
+
+
+@pytest.mark.parametrize(("folder", "advice"), [("f00d", "delete both"), ("../mine", "restore it, or delete")])
+def test_a_file_of_the_user_is_not_to_be_deleted(tmp_path: Path, folder: str, advice: str) -> None:
+    dataset = tmp_path / "downloads" / "dataset.json"
+    raw = dataset.parent / folder / "train.json"
+    raw.parent.mkdir(parents=True)
+    raw.write_text("as recorded")
+    record = {"folder": folder, "files": {"train.json": described(raw)}}
+    assert checked_raw_file("train.json", record, dataset).samefile(raw)
+    raw.write_text("as it is now")
+    with pytest.raises(ProvenanceError, match=rf"train\.json is not .*{advice}"):
+        checked_raw_file("train.json", record, dataset)
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:

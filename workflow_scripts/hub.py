@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 from tqdm import tqdm
 
 from workflow_scripts.provenance import described, write_json
@@ -255,20 +255,34 @@ def patiently(call: Callable[[], Any], progress: Callable[[], int] = lambda: 0) 
         call: what to do.
         progress: how far it has come; attempts are counted anew where that has grown.
     """
-    attempt, reached = 1, progress()
     while True:
+        reached = progress()
+        retrying = Retrying(
+            retry=retry_if_exception(_passes) & retry_if_exception(lambda _: progress() <= reached),  # noqa: B023
+            wait=_wait,
+            stop=stop_after_attempt(ATTEMPTS),
+            before_sleep=_say_why,
+            reraise=True,
+        )
         try:
-            return call()
+            return retrying(call)
         except (HTTPError, OSError) as error:
-            if progress() > reached:
-                attempt, reached = 1, progress()
-            if attempt == ATTEMPTS or not _passes(error):
+            if not _passes(error) or progress() <= reached:
                 raise
-            told = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-            seconds = int(told) if told.isdigit() else 2 ** (attempt - 1)
-            attempt += 1
-            log.warning("%s; attempt %d of %d in %d s", _brief(error), attempt, ATTEMPTS, seconds)
-            time.sleep(seconds)
+            log.warning("%s; going on where that stopped", _brief(error))
+
+
+def _wait(state: RetryCallState) -> float:
+    """Seconds that the Hub tells to wait, else twice as many as before the last attempt."""
+    assert state.outcome is not None
+    told = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("Retry-After", "")
+    return int(told) if told.isdigit() else wait_exponential()(state)
+
+
+def _say_why(state: RetryCallState) -> None:
+    assert state.outcome is not None and state.next_action is not None
+    error, seconds = state.outcome.exception(), state.next_action.sleep
+    log.warning("%s; attempt %d of %d in %d s", _brief(error), state.attempt_number + 1, ATTEMPTS, seconds)
 
 
 class Progress(tqdm):
@@ -293,7 +307,9 @@ def _part(target: Path, entry: Entry) -> Path:
     return target / f"{entry.name}.part"
 
 
-def _passes(error: Exception) -> bool:
+def _passes(error: BaseException) -> bool:
+    if not isinstance(error, HTTPError | OSError):
+        return False
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in PASSING
@@ -328,7 +344,7 @@ def _explained(error: Exception, what: str, revision: str, key: str) -> HubError
     return HubError(f"{what}: {say} ({_brief(error)})")
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

@@ -213,7 +213,10 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
         models[track] = model
         train, validation = asked(track, track, "train"), asked(track, track, "validation")
         length = completion_length(c, assumed, track, t.max_completion_tokens)
-        highest = training_costs(model, gpu, assumed, t, train, validation, Length(*[t.max_completion_tokens] * 2))
+        whole = Length(t.max_completion_tokens, t.max_completion_tokens)
+        costs, highest = (
+            training_costs(model, gpu, assumed, t, c.distributed, train, validation, n) for n in (length, whole)
+        )
         completions = t.steps * t.prompts_per_step * t.group_size / t.num_iterations
         stages.append(
             Stage(
@@ -224,8 +227,8 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
                 prompt_tokens=completions * train.mean,
                 completion_tokens=completions * length.mean,
                 at_most=completions * t.max_completion_tokens,
-                memory=training_memory(model, gpu, t, train, validation),
-                costs=training_costs(model, gpu, assumed, t, train, validation, length),
+                memory=training_memory(model, gpu, t, c.distributed, train, validation),
+                costs=costs,
                 highest=sum(highest.values(), Cost(0, 0)),
             )
         )
@@ -410,7 +413,10 @@ def report(p: Plan) -> str:
     ]
     both = [sum(x.seconds for s in p.stages for x in s.costs.values()), sum(s.highest.seconds for s in p.stages)]
     hours.append([f"sum x {len(c.seeds)} seeds", "", *(f"{len(c.seeds) * x / 3600:.3g}" for x in both)])
-    lines += _section("GPU-hours", ["stage", "of which", "expected", "at most"], hours)
+    title = "GPU-hours"
+    if (processes := c.distributed.processes) > 1:
+        title += f" (a training runs on {processes} GPUs at once: it takes 1/{processes} of its GPU-hours)"
+    lines += _section(title, ["stage", "of which", "expected", "at most"], hours)
     lines += ["", *(f"WARNING: {text}" for text in p.warnings)]
     return "\n".join(lines).rstrip()
 

@@ -171,11 +171,6 @@ def described(path: Path) -> dict[str, Any]:
     return {"sha256": file_digest(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def raw_folder(record: Path) -> Path:
-    """Folder of a data set's raw files: the record's own, unless it names another."""
-    return record.parent / json.loads(record.read_text(encoding="utf-8")).get("folder", "")
-
-
 def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
     """Digest of a file, checked against its record (unread where size and modification time are as recorded).
 
@@ -195,6 +190,27 @@ def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
             "delete both and run snakemake again to make them anew"
         )
     return str(record["sha256"])
+
+
+def checked_raw_file(name: str, record: dict[str, Any], recorded_in: Path) -> Path:
+    """Path of a data set's raw file, unchanged since its record (dataset.json) was written.
+
+    Files below the record's folder are the workflow's, those elsewhere the user's: these are not to be deleted.
+
+    Raises:
+        ProvenanceError: it is missing or has changed.
+    """
+    path = recorded_in.parent / record.get("folder", "") / name
+    try:
+        check_file(path, record["files"][name], recorded_in)
+    except ProvenanceError:
+        if path.resolve().is_relative_to(recorded_in.parent.resolve()):
+            raise
+        raise ProvenanceError(
+            f"{path} is not as it was when {recorded_in} was written; restore it, or delete {recorded_in} and run "
+            "snakemake again to go on with the file as it is now"
+        ) from None
+    return path
 
 
 def read_sidecar(output: Path) -> dict[str, Any]:

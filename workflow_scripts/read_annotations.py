@@ -13,7 +13,7 @@ from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences import hpdv2, imagereward, own_data
 from workflow_scripts.preferences.schema import write_preferences
 from workflow_scripts.preferences.subsampling import normalised
-from workflow_scripts.provenance import check_file, raw_folder
+from workflow_scripts.provenance import checked_raw_file
 from workflow_scripts.published import PUBLISHED, differences
 from workflow_scripts.stage_configuration import ReadAnnotations
 from workflow_scripts.tracking import run_stage
@@ -34,18 +34,17 @@ def main() -> None:
     """Run the stage."""
     arguments = Arguments.parse()
     with run_stage(arguments) as run:
-        folder, dataset, split = raw_folder(arguments.record), arguments.config.dataset, arguments.config.split
+        dataset, split = arguments.config.dataset, arguments.config.split
         record = json.loads(arguments.record.read_text(encoding="utf-8"))
-        files = record["files"]
+        files, folder = record["files"], arguments.record.parent / record.get("folder", "")
         if dataset == "imagereward":
-            name, rows = (imagereward.annotation_file(split), imagereward.read_preferences(folder, split, files))
+            name, rows = imagereward.annotation_file(split), imagereward.read_preferences(folder, split, files)
         elif dataset == "own":
             name = record["annotations"]
             rows = own_data.read_preferences(folder, name, split, record["splits"])
         else:
-            name, rows = (hpdv2.annotation_file(split), hpdv2.read_preferences(folder, split))
-        check = own_data.check_unchanged if dataset == "own" else check_file
-        check(folder / name, files[name], arguments.record)
+            name, rows = hpdv2.annotation_file(split), hpdv2.read_preferences(folder, split)
+        checked_raw_file(name, record, arguments.record)
         counts = write_preferences(arguments.output, rows)
         if record["source"] == "hub":
             part = f"{split}-{record['train_set']}" if split == "train" and record["train_set"] else split

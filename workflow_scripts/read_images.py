@@ -18,9 +18,8 @@ from typing import Any
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences.archives import ArchiveError, iter_images
 from workflow_scripts.preferences.images import UnreadableImageError, decoded
-from workflow_scripts.preferences.own_data import check_unchanged
 from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_table, write_images
-from workflow_scripts.provenance import check_file, raw_folder, write_json
+from workflow_scripts.provenance import checked_raw_file, write_json
 from workflow_scripts.stage_configuration import ReadImages
 from workflow_scripts.tracking import run_stage
 
@@ -56,14 +55,11 @@ def main() -> None:
                 f"{arguments.subset}: image {twice[0]} is listed in two archives, and images are known by their names "
                 "alone; use another revision of the data set"
             )
-        files = json.loads(arguments.record.read_text(encoding="utf-8"))["files"]
-        folder = raw_folder(arguments.record)
-        check = check_unchanged if config.dataset == "own" else check_file
-        for archive in wanted:
-            check(folder / archive, files[archive], arguments.record)
+        record = json.loads(arguments.record.read_text(encoding="utf-8"))
+        archives = {checked_raw_file(name, record, arguments.record): names for name, names in wanted.items()}
 
         unreadable: dict[str, str] = {}
-        read = write_images(arguments.output, stream_images(folder, wanted, unreadable))
+        read = write_images(arguments.output, stream_images(archives, unreadable))
         everything = set(times)
         missing = sorted(everything - read - unreadable.keys())
         if 2 * len(read) < len(everything):
@@ -79,10 +75,15 @@ def main() -> None:
             run.warn(f"{len(unreadable)} images are unreadable and {len(missing)} missing; see {arguments.listing}")
 
 
-def stream_images(folder: Path, wanted: dict[str, set[str]], unreadable: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of IMAGES archive by archive; an image that cannot be decoded goes to `unreadable` with the reason."""
-    for archive in sorted(wanted):
-        for image_id, data in iter_images(folder / archive, wanted[archive]):
+def stream_images(archives: dict[Path, set[str]], unreadable: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows of IMAGES archive by archive; an image that cannot be decoded goes to `unreadable` with the reason.
+
+    Args:
+        archives: names of the images that are wanted, by archive (or file of one image).
+        unreadable: is filled.
+    """
+    for archive, names in sorted(archives.items()):
+        for image_id, data in iter_images(archive, names):
             try:
                 if isinstance(data, UnreadableImageError):
                     raise data

@@ -74,16 +74,9 @@ class Client:
             command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, stdin=-1, stdout=-1, text=True
         )
 
-    def __call__(
-        self,
-        target: Path,
-        patterns: list[str],
-        repository: str = "lab/data",
-        revision: str = "main",
-        kind: str = "dataset",
-    ) -> Answer:
-        """Fetch; what it says is what was found, or the error."""
-        self.send(target, patterns, repository, revision, kind)
+    def __call__(self, *call: Any, **named: Any) -> Answer:
+        """Fetch as `send` does; what it says is what was found, or the error."""
+        self.send(*call, **named)
         assert self.process.stdout
         return json.loads(self.process.stdout.readline())
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from workflow_scripts.configuration import ConfigurationError
-from workflow_scripts.plan import FACTS, Plan, completion_length, configured, data_sheet, plan, report
+from workflow_scripts.plan import FACTS, Plan, Stage, completion_length, configured, data_sheet, plan, report
 from workflow_scripts.planning.architecture import PlanError
 from workflow_scripts.planning.costs import GIGABYTE, Assumptions, Length, decoding_seconds
 from workflow_scripts.planning.workload import published_totals
@@ -65,6 +65,29 @@ def test_the_key_that_is_named_makes_it_fit(phase: str, change: dict[str, Any], 
     wrong = planned(PAPER, "h100-80gb", f"training={json.dumps({'imagereward': change})}").warnings
     assert any(f"imagereward, {phase}" in text and f"training.imagereward.{key}" in text for text in wrong), wrong
     assert planned(PAPER, "h100-80gb", f"training={json.dumps({'imagereward': change | remedy})}").warnings == []
+
+
+def test_several_processes_share_the_work_and_what_the_strategy_shares_of_the_memory() -> None:
+    def training(processes: int, strategy: str) -> Stage:
+        settings = f"distributed={json.dumps({'processes': processes, 'strategy': strategy})}"
+        return planned(PAPER, "h100-80gb", settings).stages[0]
+
+    one, ddp, fsdp, deepspeed = training(1, "ddp"), training(4, "ddp"), training(4, "fsdp"), training(4, "deepspeed")
+    flops = [sum(cost.flops for cost in stage.costs.values()) for stage in (one, ddp, fsdp, deepspeed)]
+    assert flops[1] == pytest.approx(flops[0], rel=1e-9) and flops[3] == flops[1]
+    again = 3 * one.costs["validation"].flops  # with FSDP each of the four does all of it
+    assert flops[2] == pytest.approx(flops[0] + again, rel=1e-9)
+    assert one.costs["generation"].seconds < ddp.costs["generation"].seconds <= 4 * one.costs["generation"].seconds
+    assert ddp.costs["update"].seconds == pytest.approx(one.costs["update"].seconds, rel=1e-9)
+
+    before, after = one.memory["update"], ddp.memory["update"]
+    assert after["activations"] == pytest.approx(before["activations"] / 4, rel=0.02)
+    assert after["weights"] == before["weights"]
+    assert after["optimizer"] == pytest.approx(before["optimizer"] * 4 / 3)  # DDP's buckets of gradients
+    assert deepspeed.memory["update"]["optimizer"] == before["optimizer"] / 4
+    assert before["weights"] / 4 < fsdp.memory["update"]["weights"] < before["weights"] / 1.5
+    told = report(planned(PAPER, "h100-80gb", "distributed={processes: 4}"))
+    assert "GPU-hours (a training runs on 4 GPUs at once: it takes 1/4 of its GPU-hours)" in told
 
 
 def test_an_expression_that_also_matches_the_vision_tower_is_told() -> None:

@@ -29,6 +29,7 @@ from workflow_scripts.preferences.schema import (
     read_table,
     write_preferences,
 )
+from workflow_scripts.provenance import ProvenanceError
 from workflow_scripts.stage_configuration import ReadAnnotations, ReadImages, RecordOwnData
 
 DRAWN = {"seed": 0, "validation_fraction": 0.2, "test_fraction": 0.3}
@@ -406,13 +407,13 @@ def test_files_that_changed_since_the_record_are_named(run_main: Any, tmp_path: 
     folder.mkdir()
     (folder / "a.png").write_bytes(png(1))
     name = write_csv(folder / "t.csv", [{"prompt": "p", "image": "a.png", "rank": 1, "split": "test"}])
-    dataset = record(run_main, folder, name, tmp_path)
+    dataset = record(run_main, folder, name, tmp_path / "downloads")
     canonical = list(read_preferences(folder, name, "test", DRAWN))
     (folder / "a.png").write_bytes(png(2))
-    remedy = r"is not as it was when .*dataset\.json was written; run snakemake again"
-    with pytest.raises(SchemaError, match=rf"{re.escape(str(folder / 'a.png'))} {remedy}"):
+    remedy = r"is not as it was when .*dataset\.json was written; restore it, or delete .*dataset\.json and run"
+    with pytest.raises(ProvenanceError, match=rf"{re.escape(str(folder / 'a.png'))} {remedy}"):
         read_images(run_main, dataset, canonical, tmp_path)
     write_csv(folder / "t.csv", [{"prompt": "q", "image": "a.png", "rank": 1, "split": "test"}])
     config = ReadAnnotations(dataset="own", split="test")
-    with pytest.raises(SchemaError, match=rf"t\.csv {remedy}"):
+    with pytest.raises(ProvenanceError, match=rf"t\.csv {remedy}"):
         run_main("read_annotations", config, record=dataset, output=tmp_path / "preferences.parquet")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from workflow_scripts.configuration import Rollouts, Training
+from workflow_scripts.configuration import Distributed, Rollouts, Training
 from workflow_scripts.planning.architecture import BYTES, FULL, SCORED_AT_ONCE, Architecture, Attention, Image
 from workflow_scripts.planning.workload import Questions
 
@@ -115,16 +115,26 @@ def update_bytes(
 
 
 def training_memory(
-    m: Model, gpu: Gpu, t: Training, train: Questions, validation: Questions
+    m: Model, gpu: Gpu, t: Training, d: Distributed, train: Questions, validation: Questions
 ) -> dict[str, dict[str, float]]:
-    """Memory of a training by phase and part, in bytes."""
-    a, completions = m.architecture, t.prompts_per_step * t.group_size
+    """Memory of a training on each of its GPUs by phase and part, in bytes.
+
+    DDP keeps the adapter's gradient once more, to sum it over processes. FSDP gathers two layers at a time, and what is
+    in no layer for the whole pass.
+    """
+    a, completions = m.architecture, t.prompts_per_step * t.group_size // d.processes
     part = completions // t.gradient_accumulation
-    resident = {
-        "weights": float(a.parameters() * BYTES[m.dtype]),
-        "adapter": float(FULL * m.adapter),
-        "optimizer": float(3 * FULL * m.adapter),  # gradient and Adam's two moments
-    }
+    weights = float(a.parameters() * BYTES[m.dtype])
+    optimizer = 3.0 * FULL * m.adapter  # gradient and Adam's two moments
+    if d.strategy == "fsdp":
+        layers = m.language_bytes - BYTES[m.dtype] * a.vocabulary * a.hidden
+        gathered = weights - layers * (1 - 2 / a.layers)
+        weights, optimizer = gathered + weights / d.processes, optimizer / d.processes
+    elif d.strategy == "deepspeed":
+        optimizer /= d.processes
+    elif d.processes > 1:
+        optimizer += FULL * m.adapter
+    resident = {"weights": weights, "adapter": float(FULL * m.adapter), "optimizer": optimizer}
     tokens = train.longest + t.max_completion_tokens
     if t.generation == "vllm_colocate":
         resident["vLLM"] = vllm_bytes(m, gpu, t.vllm.gpu_memory_utilization, tokens, adapted=False)
@@ -138,7 +148,7 @@ def training_memory(
     updating = update_bytes(m, part, tokens, t.max_completion_tokens, train.largest, t.gradient_checkpointing)
     validating = generation_bytes(
         m,
-        min(validation.items, completions // 2),
+        min(validation.items, t.prompts_per_step * t.group_size // 2),
         t.validation_rollouts,
         validation.longest,
         validation.largest,
@@ -284,14 +294,23 @@ VLLM_ROWS = 256  # max_num_seqs, vLLM's default
 
 
 def training_costs(
-    m: Model, gpu: Gpu, assumed: Assumptions, t: Training, train: Questions, validation: Questions, length: Length
+    m: Model,
+    gpu: Gpu,
+    assumed: Assumptions,
+    t: Training,
+    d: Distributed,
+    train: Questions,
+    validation: Questions,
+    length: Length,
 ) -> dict[str, Cost]:
-    """Cost of a whole training by part, on one GPU, as TRL runs it with transformers generating.
+    """Cost of a whole training by part, on all its GPUs together, as TRL runs it with transformers generating.
+
+    Each process has its share of a step's completions, and of the validation unless FSDP makes all do all of it.
 
     With transformers TRL prefills every completion by itself. It pads all completions of a step to the longest, and
     scores them under the reference policy in a forward of their own. vLLM gets merged weights after each step.
     """
-    a, completions = m.architecture, t.prompts_per_step * t.group_size
+    a, completions = m.architecture, t.prompts_per_step * t.group_size // d.processes
     tokens = train.mean + length.longest
     scored = length.mean if gpu.name != CPU else tokens - 1  # only with Triton the padding is left out
 
@@ -303,7 +322,7 @@ def training_costs(
     else:
         share = t.vllm.gpu_memory_utilization if t.generation == "vllm_colocate" else SERVER_SHARE
         cache = share * gpu.memory - a.parameters() * BYTES[m.dtype]
-        generation = vllm_cost(m, gpu, assumed, train, t.prompts_per_step, t.group_size, length, cache, False)
+        generation = vllm_cost(m, gpu, assumed, train, completions / t.group_size, t.group_size, length, cache, False)
 
     scoring = sum(a.vision_flops(image) for image in train.images) + a.language_flops(tokens) + a.head_flops(scored)
     # Reference policy; the policy that sampled, which TRL scores again where vLLM did or where it changes meanwhile.
@@ -314,11 +333,16 @@ def training_costs(
     update = Cost(one * completions, product_seconds(gpu, assumed, one * completions))
 
     validations = 1 + t.steps // t.validate_every
-    validated = rollout_cost(m, gpu, assumed, validation, completions // 2, t.validation_rollouts, length, adapted=True)
+    if d.strategy != "fsdp":
+        of = d.processes
+        validation = replace(validation, items=validation.items / of, tokens=validation.tokens / of)
+    batch = t.prompts_per_step * t.group_size // 2
+    validated = rollout_cost(m, gpu, assumed, validation, batch, t.validation_rollouts, length, adapted=True)
     batches = t.steps / t.num_iterations
-    return {
+    each = {
         "generation": generation.times(batches),
         "reference": reference.times(batches),
         "update": update.times(t.steps),
         "validation": validated.times(validations),
     }
+    return {part: cost.times(d.processes) for part, cost in each.items()}

@@ -29,7 +29,6 @@ from workflow_scripts.preferences.schema import (
     whole_number,
 )
 from workflow_scripts.preferences.subsampling import normalised
-from workflow_scripts.provenance import ProvenanceError, check_file
 
 SPLITS = ("train", "validation", "test")
 IMAGE_COLUMNS = {"pairs": ("image_a", "image_b"), "single": ("image",)}
@@ -80,18 +79,6 @@ def image_files(folder: Path, name: str) -> list[str]:
     """
     found = canonical_rows(folder, name) if name.endswith(".parquet") else _grouped(folder, name)
     return sorted({path for _, row in found for path in row["archives"]})
-
-
-def check_unchanged(path: Path, record: dict[str, Any], recorded_in: Path) -> None:
-    """Compare a file of the user with its record.
-
-    Raises:
-        SchemaError: it is missing or has changed. Unlike a file of the workflow it is not to be deleted.
-    """
-    try:
-        check_file(path, record, recorded_in)
-    except ProvenanceError:
-        raise SchemaError(f"{path} is not as it was when {recorded_in} was written; run snakemake again") from None
 
 
 # ------------------------------------------------------------------------------------------------------ CSV, JSON lines

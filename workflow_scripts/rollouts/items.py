@@ -21,6 +21,16 @@ class Item:
         """Unique name: the prompt and the images in the order shown."""
         return "/".join((self.prompt_id, *self.image_ids))
 
+    def columns(self) -> dict[str, Any]:
+        """What a row of `rollouts.record.ROLLOUT` says of the item."""
+        return {
+            "item_id": self.item_id,
+            "prompt_id": self.prompt_id,
+            "candidate": self.candidate,
+            "anchor": self.anchor,
+            "candidate_second": None if self.anchor is None else self.image_ids[1] == self.candidate,
+        }
+
 
 def stable_random(*parts: object) -> int:
     """A 64-bit number that depends on these parts alone, the same on every machine."""

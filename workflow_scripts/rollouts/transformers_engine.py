@@ -55,16 +55,7 @@ def generate(
         completions = _sample(policy, inputs.to(policy.model.device), rollouts, sampling, batch_seed)
         for row, completion in enumerate(completions):
             item = items[batch[row // rollouts]]
-            yield {
-                "item_id": item.item_id,
-                "prompt_id": item.prompt_id,
-                "candidate": item.candidate,
-                "anchor": item.anchor,
-                "candidate_second": None if item.anchor is None else item.image_ids[1] == item.candidate,
-                "k": first_k + row % rollouts,
-                "seed": batch_seed,
-                **completion,
-            }
+            yield item.columns() | {"k": first_k + row % rollouts, "seed": batch_seed} | completion
 
 
 @torch.no_grad()

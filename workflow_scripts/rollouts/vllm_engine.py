@@ -215,13 +215,7 @@ def _answer(policy: Policy, batch: list[_Rollout], sampling: Sampling) -> Iterat
         at = blank.index(False) if False in blank else len(blank) - 1
         reported = torch.tensor([output.logprobs[at][token].logprob for token in answer_ids], dtype=torch.float64)
         text = tokenizer.decode(rollout.ids + new, skip_special_tokens=False)
-        item = rollout.item
-        yield {
-            "item_id": item.item_id,
-            "prompt_id": item.prompt_id,
-            "candidate": item.candidate,
-            "anchor": item.anchor,
-            "candidate_second": None if item.anchor is None else item.image_ids[1] == item.candidate,
+        yield rollout.item.columns() | {
             "k": rollout.k,
             "seed": rollout.seed,
             "completion_ids": rollout.ids + new,
