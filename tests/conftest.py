@@ -23,6 +23,13 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARAL
 os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the checkout
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process of `pytest -n`, and so all that share a whole run of the workflow."""
+    for item in items:
+        folder, name = item.path.parent.name, item.path.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "workflow" else name))
+
+
 @pytest.fixture(scope="session")
 def base_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the manifest of the bundled policy."""

@@ -243,8 +243,8 @@ training, and the keys of `vllm` what vLLM generates.
 
 **●** the rule runs this module, **○** it follows from one that does. A change is one that is left without comments,
 docstrings, formatting and the order of imports. A module with an empty row changes no result. `download_dataset` and
-`cold_start_policy` run, and have followers, only where `source` says so; the module
-of vLLM's engine only where that generates.
+`cold_start_policy` run, and have followers, only where `source` says so; the module of vLLM's engine only where that
+generates.
 
 {modules}
 """
