@@ -33,7 +33,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import LoraConfig
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from workflow_scripts.command_line import Input, Output, StageArguments
@@ -54,6 +54,7 @@ from workflow_scripts.tracking import Run, run_stage
 
 REWARDS = {"format": format_reward, "exact": exact_reward, "approximate": approximate_reward}
 BEST = "eval_soft_pair_accuracy"
+STATE = "trainer_state.json"  # of a checkpoint, written last
 # Class that the model in training is an instance of; PeftModel alone is what one process trains.
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp": "FSDPModule", "deepspeed": "DeepSpeedEngine"}
 
@@ -327,7 +328,7 @@ def last_complete_checkpoint(folder: Path, processes: int = 1) -> Path | None:
     Of several processes each writes its random state by itself, perhaps later; a zip archive, readable only if whole.
     """
     complete = []
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
+    for state in folder.glob(f"checkpoint-*/{STATE}"):
         try:
             json.loads(state.read_text())
         except ValueError:
@@ -444,6 +445,7 @@ def main() -> None:
             task_type="CAUSAL_LM",
         )
         table = datasets.Dataset.from_dict({"item": list(range(len(items)))}).with_transform(example)
+        curves = CurvesToRun(run)
         trainer = ValidatingTrainer(
             model=base,
             processing_class=processor,
@@ -452,11 +454,15 @@ def main() -> None:
             train_dataset=table,
             eval_dataset=table.select([0]),  # asked for by the trainer; `validate` brings its own items
             peft_config=lora,
-            callbacks=[CurvesToRun(run)],
+            callbacks=[curves],
         )
         trainer.add_callback(InEffect(trainer, strategy))
         trainer.validate = validate
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint and (state := TrainerState.load_from_json(str(checkpoint / STATE))).global_step >= t.steps:
+            trainer.state = state  # the trainer would do one step more, however many it has done
+            curves.on_train_begin(settings, state, trainer.control)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not trainer.is_world_process_zero():
             return
 

@@ -14,6 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import Mock
 
 import mlflow
 import pandas as pd
@@ -513,6 +514,27 @@ def test_images_are_decoded_when_they_are_asked_for(tmp_path: Path, scenes: Any,
     assert names == {name: picture.size for name, picture in pictures.items()}
     for name, picture in pictures.items():
         assert read(name).tobytes() == picture.tobytes()
+
+
+def test_a_training_killed_after_its_last_checkpoint_does_no_step_more(
+    run_main: Any, training_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"steps": 2, "prompts_per_step": 2, "group_size": 4, "validate_every": 1, "warmup_steps": 0}
+    small |= {"learning_rate_schedule": "constant_with_warmup"}  # so that one step more would be another adapter
+    config = TrainGrpo.of(load({"training": {"imagereward": small}}), "imagereward", 0)
+
+    def train(folder: Path) -> dict[str, Any]:
+        files = {name.split(".")[0]: folder / name for name in ("adapter.safetensors", "adapter_config.json")}
+        files |= {"record": folder / "training.json", "checkpoints": folder / "checkpoints"}
+        return run_main("train_grpo", config, **training_inputs, **files)
+
+    train(tmp_path / "undisturbed")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(train_grpo, "replacing", Mock(side_effect=RuntimeError("killed")))
+        train(tmp_path / "killed")
+    assert train(tmp_path / "killed")["metrics"]["resumed_from_step"] == 2
+    for name in ("adapter.safetensors", "adapter_config.json", "training.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 
 
 def start_training(inputs: dict[str, Path], folder: Path) -> subprocess.Popen[str]:
