@@ -18,7 +18,7 @@ from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
 from workflow_scripts.provenance import ROOT, file_digest, git_commit, verify
 from workflow_scripts.select_subset import Arguments
 from workflow_scripts.stage_configuration import SelectSubset
-from workflow_scripts.tracking import run_stage
+from workflow_scripts.tracking import open_store, run_stage
 
 CONFIG = SelectSubset.of(Configuration(), "imagereward", "test")
 TURNS = 10
@@ -267,6 +267,36 @@ def test_six_processes_may_open_a_cold_store_at_once(store: Any, preferences: Pa
 def test_eight_processes_may_open_a_cold_store_at_once_ten_times(store: Any, preferences: Path, tmp_path: Path) -> None:
     for turn in range(TURNS):
         open_at_once(8, tmp_path / str(turn), preferences)
+
+
+# Opens a store, and is killed while its tables are made: a new store has some 800 kB in the end.
+KILLED_WHILE_OPENING = """
+import contextlib, os, sys, threading
+from pathlib import Path
+from workflow_scripts.tracking import open_store
+
+def strike():
+    while True:
+        for path in Path().glob("*new.db*"):
+            with contextlib.suppress(FileNotFoundError):
+                if "journal" not in path.name and path.stat().st_size > 50_000:
+                    os.kill(os.getpid(), 9)
+
+threading.Thread(target=strike, daemon=True).start()
+open_store(sys.argv[1])
+"""
+
+
+def test_a_kill_while_a_new_store_is_made_leaves_none_behind_that_is_broken(store: Any, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/new.db"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_OPENING, uri], cwd=tmp_path, env=environment)
+        assert killed.returncode == -signal.SIGKILL
+        assert not (tmp_path / "new.db").exists()
+    client, experiment = open_store(uri)
+    assert client.get_experiment(experiment).lifecycle_stage == "active" and not client.search_runs([experiment])
+    assert {path.name for path in tmp_path.iterdir()} <= {"new.db", "new.db.lock"}
 
 
 def test_a_store_that_is_away_costs_no_result(

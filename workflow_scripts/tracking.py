@@ -343,9 +343,10 @@ def _fail_killed(client: Any, experiment_id: str) -> None:
 
 @contextlib.contextmanager
 def _first_use(uri: str) -> Iterator[None]:
-    """Serialise the first use of an sqlite store: several processes migrating it at once break it for good.
+    """Serialise the first use of an sqlite store: several processes making its tables at once break it for good.
 
-    One that cannot be written to is found out here: MLflow would try again for minutes.
+    So does a kill meanwhile: a new store is made beside its place. One that cannot be written to is found out here:
+    MLflow would try again for minutes.
     """
     if not uri.startswith("sqlite:///"):
         yield
@@ -353,6 +354,13 @@ def _first_use(uri: str) -> Iterator[None]:
     path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=OPENING_SECONDS):
+        if not path.exists() or path.stat().st_size == 0:
+            from mlflow import MlflowClient
+
+            for left in path.parent.glob(f".{path.name}.*-journal"):
+                left.unlink()
+            with provenance.replacing(path) as new:
+                MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
         with contextlib.closing(sqlite3.connect(path, timeout=WRITING_SECONDS)) as database:
             database.execute("BEGIN IMMEDIATE")
         yield

