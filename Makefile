@@ -20,7 +20,7 @@ INSTALLED := .venv/requirements.lock
 ENVIRONMENT_GB := $(if $(filter Linux,$(shell uname -s)),8,2)
 DOWNLOAD_GB := $(if $(filter Linux,$(shell uname -s)),4,1)
 
-.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs reruns reliability lock vllm-cpu vllm-gpu test-vllm lock-vllm
+.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs site reruns reliability lock vllm-cpu vllm-gpu test-vllm lock-vllm
 
 help: ## list what there is
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -91,8 +91,12 @@ lint: setup ## format, lint and type checks alone
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 
-docs: setup ## config.yaml, config.schema.json and docs/configuration.md from the typed configuration
+docs: setup ## the files and pages that are made from the code: config.yaml, its schema, docs/configuration, stages, schemas
 	$(BIN)/python -m workflow_scripts.configuration_reference
+	$(BIN)/python -m workflow_scripts.stage_reference
+
+site: setup ## docs/ as a web site in site/, its links checked; OPTIONS=... of mkdocs build
+	$(BIN)/mkdocs build --strict --quiet $(OPTIONS)
 
 reruns: setup ## docs/reruns.md, from dry runs on a finished run of configs/test.yaml (makes that first: minutes)
 	$(BIN)/snakemake --cores all --configfile configs/test.yaml

@@ -12,6 +12,7 @@ import yaml
 
 from workflow_scripts.configuration import Configuration, Resources, load
 from workflow_scripts.configuration_reference import generated_files
+from workflow_scripts.stage_reference import generated_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -20,6 +21,7 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 OVERLAYS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/*.yaml"))
+GENERATED = generated_files() | generated_pages()
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -64,9 +66,9 @@ def dependencies() -> tuple[set[str], set[str]]:
     return run, develop
 
 
-@pytest.mark.parametrize("path", sorted(generated_files()))
+@pytest.mark.parametrize("path", sorted(GENERATED))
 def test_generated_files_are_current(path: str) -> None:
-    assert (ROOT / path).read_text(encoding="utf-8") == generated_files()[path], f"{path} is stale; run `make docs`"
+    assert (ROOT / path).read_text(encoding="utf-8") == GENERATED[path], f"{path} is stale; run `make docs`"
 
 
 def test_the_page_of_promises_counts_the_tests_that_there_are(tmp_path: Path) -> None:
