@@ -337,6 +337,31 @@ class MeasureAccuracy(StageConfig):
         )
 
 
+class MakeGallery(StageConfig):
+    """Config of `make_gallery`."""
+
+    track: Track
+    policy: Literal["zeroshot", "grpo"]
+    test: Dataset
+    seed: int
+    protocol: Protocol
+    prompts: int
+    traces: int
+
+    @classmethod
+    def of(cls, c: Configuration, track: Track, policy: Literal["zeroshot", "grpo"], test: Dataset, seed: int) -> Self:
+        """Select from the configuration: no more prompts than are tested."""
+        return cls(
+            track=track,
+            policy=policy,
+            test=test,
+            seed=seed,
+            protocol=protocol_of(c, track),
+            prompts=min(c.report.gallery_prompts, getattr(c.datasets, test).test_prompts),
+            traces=c.report.traces,
+        )
+
+
 class MakeTables(StageConfig):
     """Config of `make_tables`."""
 
@@ -378,6 +403,7 @@ STAGES: dict[str, Any] = {
     "generate_rollouts": GenerateRollouts,
     "score_rollouts": ScoreRollouts,
     "measure_accuracy": MeasureAccuracy,
+    "make_gallery": MakeGallery,
     "make_tables": MakeTables,
 }
 
@@ -441,6 +467,12 @@ def shards(c: Configuration, test: Dataset) -> list[int]:
     return list(range(-(-getattr(c.datasets, test).test_prompts // c.rollouts.shard_prompts)))
 
 
+def gallery_shards(c: Configuration, test: Dataset) -> list[int]:
+    """Numbers of the shards that hold the prompts of the gallery: the first in hash order."""
+    prompts = min(c.report.gallery_prompts, getattr(c.datasets, test).test_prompts)
+    return list(range(-(-prompts // c.rollouts.shard_prompts)))
+
+
 def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
     """(track, policy, test, seed) of every accuracy that the tables need; cross rows are of trained policies only."""
     own: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in ("zeroshot", "grpo")]
@@ -451,6 +483,11 @@ def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
 def accuracy_files(c: Configuration) -> list[str]:
     """Accuracies that the tables are made from."""
     return [f"{c.results}/accuracy/{t}/{policy}/seed{seed}/{test}.json" for t, policy, test, seed in measured(c)]
+
+
+def gallery_files(c: Configuration) -> list[str]:
+    """Galleries of every policy on every test set of the tables."""
+    return [f"{c.results}/gallery/{t}/{policy}/seed{seed}/{test}.parquet" for t, policy, test, seed in measured(c)]
 
 
 def dataset_record(c: Configuration, dataset: Dataset) -> str:

@@ -18,7 +18,7 @@ from workflow_scripts.rerun_matrix import modules, stages
 # configs/test.yaml takes data and policy from elsewhere.
 NOT_RUN = {"download_dataset", "cold_start_policy", "record_own_data"}
 SCORING = {"score_rollouts", "measure_accuracy", "make_tables"}
-TRAINING = {"train_grpo", "generate_rollouts", *SCORING}
+TRAINING = {"train_grpo", "generate_rollouts", "make_gallery", *SCORING}
 MODULES = sorted({f"{PACKAGE}/{module.replace('.', '/')}.py" for module in modules()})
 
 
@@ -94,7 +94,10 @@ def test_named_keys_rerun_what_was_promised(by_key: dict[str, dict[str, str]]) -
         if key == "scoring.report_k":
             only(cells, measure_accuracy="all", make_tables="all")
         if key == "rollouts.blocks":
-            only(cells, generate_rollouts="+8", score_rollouts="all", measure_accuracy="all", make_tables="all")
+            follow = dict.fromkeys(("score_rollouts", "make_gallery", "measure_accuracy", "make_tables"), "all")
+            only(cells, generate_rollouts="+8", **follow)
+        if section == "report":
+            only(cells, make_gallery="all")
         if section == "scoring":
             assert set(cells) <= SCORING, key
         if section in ("tracking", "resources"):
@@ -117,10 +120,11 @@ CASES = [
     ("scoring={report_k: [1, 2]}", REPORTED, {}),
     ("scoring={bootstrap: {seed: 1}}", REPORTED, {}),
     ("scoring={missing_answer: dropped}", REPORTED, {}),
-    ("rollouts={blocks: 2}", {"score_rollouts": 5, **REPORTED}, {"generate_rollouts": 8}),
+    ("rollouts={blocks: 2}", {"score_rollouts": 5, "make_gallery": 5, **REPORTED}, {"generate_rollouts": 8}),
     (
         "training={hpsv2: {rewards: {exact: 2.0}}}",
-        {"train_grpo": 1, "generate_rollouts": 3, "score_rollouts": 2, "measure_accuracy": 2, "make_tables": 1},
+        {"train_grpo": 1, "generate_rollouts": 3, "make_tables": 1}
+        | dict.fromkeys(("score_rollouts", "make_gallery", "measure_accuracy"), 2),
         {},
     ),
     ("tracking={enabled: false, experiment: other, artifact_megabytes: 1, uri: 'sqlite:///other.db'}", {}, {}),
@@ -150,7 +154,7 @@ def test_a_changed_key_reruns_what_uses_it(
 def test_named_modules_rerun_what_was_promised(by_module: dict[str, dict[str, str]]) -> None:
     for module, cells in by_module.items():
         if module.startswith("scoring.") and module != "scoring.pair_accuracy":
-            assert cells and set(cells) <= SCORING, module
+            assert cells and set(cells) <= {*SCORING, "make_gallery"}, module
         if module in WITHOUT_EFFECT or module in ("rerun_matrix", "configuration_reference"):
             assert cells == {}, module
     assert set(by_module["rewards"]) == TRAINING

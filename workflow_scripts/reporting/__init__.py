@@ -1,0 +1,1 @@
+"""What people look at, as functions of scores, rollouts and images."""
