@@ -69,6 +69,7 @@ rule all:
         f"{RESULTS}/comparisons.csv",
         f"{RESULTS}/sensitivity.csv",
         f"{RESULTS}/tables.md",
+        f"{RESULTS}/report.html",
 
 
 include: "rules/datasets.smk"
@@ -77,3 +78,4 @@ include: "rules/training.smk"
 include: "rules/rollouts.smk"
 include: "rules/scoring.smk"
 include: "rules/tables.smk"
+include: "rules/report.smk"

@@ -1,0 +1,1 @@
+"""What people look at: statistics behind the figures, the drawings, and the page."""
