@@ -9,6 +9,7 @@
 # The parameters of every rule are two strings: the canonical configuration it uses and the digest of its code.
 import os
 import sys
+import time
 from pathlib import Path
 
 from snakemake.io import IOFile
@@ -18,7 +19,7 @@ min_version("9.0")
 sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import configuration as configurations
-from workflow_scripts import log_runs
+from workflow_scripts import log_runs, summary
 from workflow_scripts import stage_configuration as stages
 from workflow_scripts.locks import Lock
 from workflow_scripts.provenance import code_digest, stage_environment
@@ -33,6 +34,7 @@ os.environ.update(stage_environment(configuration))
 RESULTS = configuration.results
 DOWNLOADS = configuration.downloads
 LOCK = Lock.of_results(Path(RESULTS))
+STARTED = time.time()
 
 
 # Snakemake's own lock is one of the working directory; two of those may share a results folder. Not run by -n.
@@ -42,11 +44,13 @@ onstart:
 
 onsuccess:
     LOCK.release()
+    summary.tell_success(configuration, STARTED)
     log_runs.remind(configuration)
 
 
 onerror:
     LOCK.release()
+    summary.tell_failure(log)
     log_runs.remind(configuration)
 
 
@@ -69,6 +73,8 @@ rule all:
         f"{RESULTS}/comparisons.csv",
         f"{RESULTS}/sensitivity.csv",
         f"{RESULTS}/tables.md",
+        stages.gallery_files(configuration),
+        expand(f"{RESULTS}/figures/{{name}}.svg", name=stages.FIGURES),
         f"{RESULTS}/report.html",
 
 

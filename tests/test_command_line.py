@@ -53,7 +53,7 @@ WORDS = ["a", "b", "--main", "m", "--second", "s", "--folder", "f", "--config", 
 def test_words_become_typed_arguments() -> None:
     arguments = Example.parse(WORDS)
     assert arguments.parts == [Path("a"), Path("b")]
-    assert (arguments.hint, arguments.more, arguments.log_file, arguments.code_digest) == (None, None, None, "")
+    assert (arguments.hint, arguments.more, arguments.log_file, arguments.code_digest) == (None, None, None, None)
     assert arguments.config == Size(width=3)
 
 
@@ -91,7 +91,7 @@ def test_variables_of_the_environment_are_not_read(monkeypatch: pytest.MonkeyPat
     for name in ("HINT", "hint", "CODE_DIGEST", "LOG_FILE", "CONFIG"):
         monkeypatch.setenv(name, '{"width": 9}')
     arguments = Example.parse(WORDS)
-    assert arguments.hint is None and arguments.code_digest == "" and arguments.config.width == 3
+    assert arguments.hint is None and arguments.code_digest is None and arguments.config.width == 3
 
 
 # --------------------------------------------------------------------------------------------------------- every stage

@@ -85,7 +85,8 @@ def test_a_finished_stage_is_one_run_with_all_it_used_and_made(
     sidecar = run_main("select_subset", CONFIG, preferences=preferences, output=output, log_file=log)
     (run,) = store()
     assert (run.info.status, run.info.run_name) == ("FINISHED", "select_subset · imagereward · test · seed 0")
-    assert run.data.params == {name: str(value) for name, value in CONFIG.model_dump(mode="json").items()}
+    told = {name: str(value) for name, value in CONFIG.model_dump(mode="json").items() if value is not None}
+    assert run.data.params == told
     expected = {
         "stage": "select_subset",
         "dataset": "imagereward",
@@ -103,7 +104,7 @@ def test_a_finished_stage_is_one_run_with_all_it_used_and_made(
     assert found["subset.parquet"].read_bytes() == output.read_bytes()
     assert json.loads(found["subset.parquet.provenance.json"].read_text()) == sidecar
     (given,) = run.inputs.dataset_inputs
-    assert given.dataset.name == "preferences.parquet"
+    assert given.dataset.name == "/".join(preferences.parts[-3:])
     assert file_digest(preferences).startswith(given.dataset.digest)
     assert sidecar["mlflow_run_id"] == run.info.run_id and sidecar["upstream_runs"] == ["upstream"]
     assert verify(output) == sidecar
@@ -161,15 +162,16 @@ def test_what_the_stage_reports_is_in_the_run_and_in_the_sidecar(store: Any, pre
         output.write_text("result")
         run.metrics({"share of 5★, in %": 12.5, "count": 3})
         for step in (1, 2):
-            run.metrics({"loss": 1 / step}, step=step)
+            run.metrics({"loss": 1 / step, "eval_answer_share/7": 0.5}, step=step)
         run.warn("first")
         run.warn("second")
         run.text("<think>", "traces/1.txt")
     (found,) = store()
     assert found.data.metrics["share of 5__ in _"] == 12.5 and found.data.metrics["count"] == 3
     client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    curve = client.get_metric_history(found.info.run_id, "loss")
+    curve = client.get_metric_history(found.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in curve] == [(1, 1.0), (2, 0.5)]
+    assert found.data.metrics["validation/answer_share/7"] == 0.5
     assert found.data.tags["warning"] == "first; second"
     assert artifacts(found)["traces/1.txt"].read_text() == "<think>"
     sidecar = verify(output)

@@ -1,15 +1,21 @@
 """Command lines of the stages: typed arguments, files marked as read or written."""
 
+import inspect
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self, get_args
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict, SettingsError
 
 Input = Annotated[Path, "input"]
 Output = Annotated[Path, "output"]
+
+ABOUT_CONFIG = """The workflow passes --config and --code_digest: `snakemake -n --printshellcmds` shows the command of
+every job. What the keys of --config mean, with bounds and defaults: docs/configuration.md.
+
+Exit status: 0 done; 1 an error, said in one line where its cause is known; 2 wrong arguments; 130 interrupted."""
 
 
 class StageArguments(BaseSettings):
@@ -25,8 +31,8 @@ class StageArguments(BaseSettings):
         cli_enforce_required=False,  # `--config JSON` brings the keys that argparse would otherwise ask for one by one
     )
 
-    code_digest: str = ""
-    """Digest of the code this stage runs, computed by the workflow; empty: computed by the stage."""
+    code_digest: str | None = None
+    """Digest of the code this stage runs, as the workflow has computed it; null: the stage does so."""
     log_file: Path | None = None
     """Log of this job, attached to its MLflow run."""
 
@@ -34,8 +40,15 @@ class StageArguments(BaseSettings):
     def parse(cls, arguments: list[str] | None = None) -> Self:
         """Parse the command line; unknown options and wrong values end it with a usage message."""
         sys.excepthook = tell_briefly
+        about, example = described(inspect.getmodule(cls).__doc__ or "")
+        # argparse would take a percent sign for a placeholder.
+        source: Any = CliSettingsSource(cls, cli_prog_name=f"python -m workflow_scripts.{_stage(cls)}")
+        source.root_parser.description = about.replace("%", "%%")
+        source.root_parser.epilog = f"{example}\n\n{ABOUT_CONFIG}".strip().replace("%", "%%")
         try:
-            return CliApp.run(cls, cli_args=sys.argv[1:] if arguments is None else arguments)
+            return CliApp.run(
+                cls, cli_args=sys.argv[1:] if arguments is None else arguments, cli_settings_source=source
+            )
         except ValidationError as error:
             problems = [f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         except SettingsError as error:
@@ -58,15 +71,31 @@ class StageArguments(BaseSettings):
         return found
 
 
+def described(documentation: str) -> tuple[str, str]:
+    """What a stage is for, and its example command with one option on a line, from its module's documentation."""
+    paragraphs = [paragraph for paragraph in documentation.strip().split("\n\n") if paragraph]
+    examples = [paragraph for paragraph in paragraphs if paragraph.startswith("python -m ")]
+    about = [paragraph for paragraph in paragraphs if paragraph not in examples]
+    commands = [" ".join(example.split()).replace(" --", " \\\n      --") for example in examples]
+    return "\n\n".join(about), "\n\n".join(["example:", *(f"  {command}" for command in commands)] if commands else [])
+
+
 def tell_briefly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say an error of the project's own kinds in one line: its message names file and remedy, the traceback hides it.
 
-    The traceback is attached to the stage's MLflow run; an error of any other kind is printed with it here.
+    The traceback is attached to the stage's MLflow run; an error of any other kind is printed with it here. Ctrl-C ends
+    the process with status 130 by itself.
     """
-    if kind.__module__.split(".")[0] in (__package__, "__main__"):  # a stage's own kinds are the main module's
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+    elif kind.__module__.split(".")[0] in (__package__, "__main__"):  # a stage's own kinds are the main module's
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def _stage(arguments: type[StageArguments]) -> str:
+    return Path(inspect.getfile(arguments)).stem
 
 
 def _marks(kind: object) -> list[object]:

@@ -482,6 +482,15 @@ class CrossTest(Section):
     """Test set."""
 
 
+class Report(Section):
+    """What people look at beside the tables."""
+
+    gallery_prompts: int = Field(24, ge=1)
+    """Prompts in the gallery of a policy on a test set: the first ones in hash order, the same for every policy."""
+    traces: int = Field(12, ge=0)
+    """Images of a gallery whose reasoning is logged to MLflow as a trace; about 0.1 s each."""
+
+
 class Tracking(Section):
     """MLflow; no key of this section reruns anything."""
 
@@ -565,6 +574,7 @@ class Configuration(Section):
     distributed: Distributed = Distributed()
     rollouts: Rollouts = Rollouts()
     scoring: Scoring = Scoring()
+    report: Report = Report()
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
 

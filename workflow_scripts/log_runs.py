@@ -20,6 +20,7 @@ from typing import Any
 
 from workflow_scripts.configuration import Configuration, ConfigurationError, Tracking, load
 from workflow_scripts.locks import Lock, LockedError
+from workflow_scripts.mlflow_pages import NOTE, instance_name, run_note
 from workflow_scripts.provenance import (
     SUFFIX,
     ProvenanceError,
@@ -31,7 +32,7 @@ from workflow_scripts.provenance import (
     write_json,
 )
 from workflow_scripts.redaction import redact_output, redacted
-from workflow_scripts.tracking import Run, finish, finished_runs, instance_name, open_store
+from workflow_scripts.tracking import Run, finish, finished_runs, open_store
 
 KEYS = ("uri", "experiment", "artifact_megabytes")
 
@@ -81,15 +82,17 @@ def upstream_runs(sidecar: dict[str, Any], jobs: list[tuple[Path, dict[str, Any]
     return sorted({*elsewhere, *(job["mlflow_run_id"] for job in made_by if job and job["mlflow_run_id"])})
 
 
-def log_job(output: Path, sidecar: dict[str, Any]) -> None:
+def log_job(output: Path, sidecar: dict[str, Any], inputs: dict[str, Any]) -> None:
     """Log a result as the run of its stage would have, and write the id of the run into its sidecar.
+
+    `inputs` are the sidecars of the jobs that made each input, None where one is not known.
 
     Raises:
         NotLoggedError: the store did not take all of it; the log says why.
     """
     import pyarrow.parquet as pq
 
-    run = Run(sidecar["stage_key"], {})
+    run = Run(sidecar["stage_key"], inputs)
     run.open(sidecar)
     sidecar["mlflow_run_id"] = run.mlflow_run_id
     run.metrics(sidecar["metrics"])
@@ -98,6 +101,8 @@ def log_job(output: Path, sidecar: dict[str, Any]) -> None:
             run.metrics({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
     if sidecar["stage"] == "generate_rollouts":
         run.traces(pq.read_table(output, columns=["item_id", "k", "text"]).slice(0, 3).to_pylist())
+    if sidecar["stage"] == "make_gallery":
+        run.gallery_traces(pq.read_table(output).to_pylist(), sidecar["config"]["traces"])
     if run.mlflow_run_id:
         write_json(sidecar_path(output), sidecar)
         log_file = sidecar.get("log")
@@ -106,9 +111,11 @@ def log_job(output: Path, sidecar: dict[str, Any]) -> None:
         raise NotLoggedError(f"{instance_name(sidecar)}: the store did not take it; see above, and run this again")
 
 
-def link_job(client: Any, run_id: str, output: Path, sidecar: dict[str, Any]) -> None:
+def link_job(client: Any, experiment: str, output: Path, sidecar: dict[str, Any], inputs: dict[str, Any]) -> None:
     """Give a run that the store has, and its sidecar, the links to the runs that were logged afterwards."""
     write_json(sidecar_path(output), sidecar)
+    run_id = sidecar["mlflow_run_id"]
+    client.set_tag(run_id, NOTE, run_note(sidecar, output, inputs, experiment))
     client.set_tag(run_id, "upstream_runs", " ".join(sidecar["upstream_runs"]))
     client.log_artifact(run_id, str(sidecar_path(output)))
 
@@ -138,8 +145,9 @@ def log_runs(folders: list[Path]) -> tuple[int, int, list[str]]:
             before = sidecar["mlflow_run_id"], sidecar["upstream_runs"]
             there = finished_runs(client, experiment, sidecar["stage_key"])
             sidecar["upstream_runs"] = upstream_runs(sidecar, jobs)
+            inputs = dict(zip(sidecar["inputs"], producers(sidecar["inputs"], jobs), strict=True))
             if not there:
-                log_job(output, sidecar)
+                log_job(output, sidecar, inputs)
                 print(f"logged {instance_name(sidecar)}", flush=True)
                 logged += 1
                 continue
@@ -147,7 +155,7 @@ def log_runs(folders: list[Path]) -> tuple[int, int, list[str]]:
             if sidecar["mlflow_run_id"] not in there:
                 sidecar["mlflow_run_id"] = there[0]
             if before != (sidecar["mlflow_run_id"], sidecar["upstream_runs"]):
-                link_job(client, sidecar["mlflow_run_id"], output, sidecar)
+                link_job(client, experiment, output, sidecar, inputs)
     return logged, known, damaged
 
 

@@ -28,10 +28,14 @@ WITHOUT_EFFECT = (
     "configuration",
     "locks",
     "log_runs",
+    "mlflow_pages",
+    "progress",
     "provenance",
     "published",
     "redaction",
     "stage_configuration",
+    "summary",
+    "traces",
     "tracking",
 )
 SUFFIX = ".provenance.json"

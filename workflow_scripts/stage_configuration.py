@@ -342,6 +342,31 @@ class MeasureAccuracy(StageConfig):
         )
 
 
+class MakeGallery(StageConfig):
+    """Config of `make_gallery`."""
+
+    track: Track
+    policy: Literal["zeroshot", "grpo"]
+    test: Dataset
+    seed: int
+    protocol: Protocol
+    prompts: int
+    traces: int
+
+    @classmethod
+    def of(cls, c: Configuration, track: Track, policy: Literal["zeroshot", "grpo"], test: Dataset, seed: int) -> Self:
+        """Select from the configuration: no more prompts than are tested."""
+        return cls(
+            track=track,
+            policy=policy,
+            test=test,
+            seed=seed,
+            protocol=protocol_of(c, track),
+            prompts=min(c.report.gallery_prompts, getattr(c.datasets, test).test_prompts),
+            traces=c.report.traces,
+        )
+
+
 class MakeTables(StageConfig):
     """Config of `make_tables`."""
 
@@ -419,6 +444,7 @@ STAGES: dict[str, Any] = {
     "generate_rollouts": GenerateRollouts,
     "score_rollouts": ScoreRollouts,
     "measure_accuracy": MeasureAccuracy,
+    "make_gallery": MakeGallery,
     "make_tables": MakeTables,
     "make_figures": MakeFigures,
     "make_report": MakeReport,
@@ -482,6 +508,12 @@ def shard_range(c: Configuration, test: Dataset, shard: int) -> tuple[int, int]:
 def shards(c: Configuration, test: Dataset) -> list[int]:
     """Numbers of the shards that cover the test prompts."""
     return list(range(-(-getattr(c.datasets, test).test_prompts // c.rollouts.shard_prompts)))
+
+
+def gallery_shards(c: Configuration, test: Dataset) -> list[int]:
+    """Numbers of the shards that hold the prompts of the gallery: the first in hash order."""
+    prompts = min(c.report.gallery_prompts, getattr(c.datasets, test).test_prompts)
+    return list(range(-(-prompts // c.rollouts.shard_prompts)))
 
 
 def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:

@@ -23,15 +23,24 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from workflow_scripts import provenance
+from workflow_scripts import provenance, traces
 from workflow_scripts.command_line import StageArguments
 from workflow_scripts.locks import Lock
+from workflow_scripts.mlflow_pages import (
+    EXPERIMENT_NOTE,
+    INSTANCE_KEYS,
+    NOTE,
+    chosen_params,
+    curve_name,
+    input_name,
+    instance_name,
+    run_note,
+)
+from workflow_scripts.progress import lines_in_logs
 from workflow_scripts.redaction import redact_output, redacted
 
 log = logging.getLogger("softpref")
 
-# The parts of a stage instance's name, in the order in which they are said.
-INSTANCE_KEYS = ("dataset", "track", "policy", "test", "split", "seed", "shard", "block")
 # How long a stage waits for others: those that open the store before it (a new one takes each of them a minute on a
 # busy machine; a dead one is not waited for), and one that writes to it.
 OPENING_SECONDS, WRITING_SECONDS = 900, 10
@@ -41,7 +50,7 @@ class Run:
     """Handle of a running stage: what the stage reports goes to MLflow where that is reachable, and to the sidecar."""
 
     def __init__(self, key: str, inputs: dict[str, Any]) -> None:
-        """`key` is the stage_key; `inputs` the verified sidecar of each input path."""
+        """`key` is the stage_key; `inputs` the sidecar of the job that made each input path, None: not known."""
         self.stage_key = key
         self.inputs = inputs
         self.summary: dict[str, float] = {}
@@ -51,7 +60,10 @@ class Run:
         self._experiment_id = ""
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Log the metrics that are finite numbers; those without a step also stand in the sidecar."""
+        """Log the metrics that are finite numbers.
+
+        Those without a step also stand in the sidecar; those with one are training curves, and are shown in groups.
+        """
         values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         if step is None:
             self.summary.update(values)
@@ -60,7 +72,8 @@ class Run:
                 from mlflow.entities import Metric
 
                 now = time.time_ns() // 1_000_000
-                points = [Metric(_safe(name), float(value), now, step or 0) for name, value in values.items()]
+                shown = {name if step is None else curve_name(name): value for name, value in values.items()}
+                points = [Metric(_safe(name), float(value), now, step or 0) for name, value in shown.items()]
                 client.log_batch(self.mlflow_run_id, metrics=points)
 
     def warn(self, message: str) -> None:
@@ -81,6 +94,22 @@ class Run:
         """Attach the text of three rollouts, the first in the order of their file, to be read by people."""
         for rollout in sorted(rollouts, key=lambda row: (row["item_id"], row["k"]))[:3]:
             self.text(rollout["text"], f"traces/{rollout['item_id'].replace('/', '_')}-{rollout['k']}.txt")
+
+    def gallery_traces(self, rows: list[dict[str, Any]], number: int) -> None:
+        """Log so many images of a gallery (rows of `reporting.gallery.GALLERY`) as traces of this run."""
+        anchors = {row["prompt_id"]: row for row in rows if row["anchor"]}
+        for row in traces.sampled(rows, number):
+            with self._sending("a trace") as client:
+                if client and self.mlflow_run_id:
+                    anchor = anchors.get(row["prompt_id"])
+                    traces.log_trace(client, self._experiment_id, self.mlflow_run_id, row, anchor)
+
+    def describe(self, record: dict[str, Any], output: Path) -> None:
+        """Write the description of this run: of its sidecar, as far as it is known, and its first output."""
+        with self._sending("its description") as client:
+            if client:
+                note = run_note(record, output, self.inputs, self._experiment_id)
+                client.set_tag(self.mlflow_run_id, NOTE, note)
 
     def files(self, paths: list[Path], folder: str | None = None) -> None:
         """Attach files; one above SOFTPREF_ARTIFACT_MEGABYTES by path and digest only (they are in the sidecar)."""
@@ -107,12 +136,12 @@ class Run:
                 self._experiment_id, _milliseconds(record["started"]), _tags(record), instance_name(record)
             )
             self.mlflow_run_id = run.info.run_id
-            params = [Param(name, str(value)) for name, value in provenance.flat(record["config"]).items()]
+            params = [Param(name, value) for name, value in chosen_params(record["config"]).items()]
             self._client.log_batch(self.mlflow_run_id, params=params)
             context = [InputTag("mlflow.data.context", record["stage"])]
             data = [
                 DatasetInput(
-                    Dataset(Path(path).name, digest[:16], "local", json.dumps({"uri": str(Path(path).resolve())})),
+                    Dataset(input_name(path), digest[:16], "local", json.dumps({"uri": str(Path(path).resolve())})),
                     context,
                 )
                 for path, digest in record["inputs"].items()
@@ -130,6 +159,7 @@ class Run:
             if client and status == "FINISHED":
                 for old in finished_runs(client, self._experiment_id, self.stage_key):
                     if old != self.mlflow_run_id:
+                        _delete_traces(client, self._experiment_id, old)
                         client.delete_run(old)
 
     @contextlib.contextmanager
@@ -159,6 +189,7 @@ def run_stage(arguments: StageArguments) -> Iterator[Run]:
         ProvenanceError: an input does not match its sidecar.
     """
     redact_output()
+    lines_in_logs()
     first = os.environ.get("RANK", "0") == "0"
     level = logging.INFO if first else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
@@ -199,6 +230,7 @@ def _recorded(arguments: StageArguments) -> Iterator[Run]:
     record["upstream_runs"] = sorted({s["mlflow_run_id"] for s in run.inputs.values() if s["mlflow_run_id"]})
     run.stage_key = record["stage_key"] = _stage_key(arguments, run.inputs)
     run.open(record)
+    run.describe(record, _outputs(arguments)[0])
     try:
         log.info("%s, stage_key %s", instance_name(record), run.stage_key)
         yield run
@@ -258,16 +290,11 @@ def finish(run: Run, record: dict[str, Any], output: Path, log_file: Path | None
     """
     run.metrics({"seconds": record["seconds"], "peak_memory_megabytes": record["peak_memory_megabytes"]})
     sidecar = provenance.sidecar_path(output)
+    run.describe(record, output)
     run.files([*(output.parent / name for name in record["outputs"]), sidecar])
     run.close("FINISHED", log_file, _milliseconds(record["started"]) + round(1000 * record["seconds"]))
     if run.mlflow_run_id != record["mlflow_run_id"]:
         provenance.write_json(sidecar, record | {"mlflow_run_id": run.mlflow_run_id})
-
-
-def instance_name(record: dict[str, Any]) -> str:
-    """Name of a stage instance: "train_grpo · imagereward · seed 0"."""
-    parts = {key: record["config"][key] for key in INSTANCE_KEYS if key in record["config"]}
-    return " · ".join([record["stage"], *(f"{k} {v}" if isinstance(v, int) else str(v) for k, v in parts.items())])
 
 
 def open_store(uri: str) -> tuple[Any, str]:
@@ -278,12 +305,17 @@ def open_store(uri: str) -> tuple[Any, str]:
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"  # its queue drops what does not fit
     import mlflow
 
     with _first_use(uri):
         mlflow.set_tracking_uri(uri)
         experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "softpref"))
-    return mlflow.MlflowClient(), experiment.experiment_id
+    client = mlflow.MlflowClient()
+    if NOTE not in experiment.tags:  # what somebody has written there stays
+        client.set_experiment_tag(experiment.experiment_id, NOTE, EXPERIMENT_NOTE.format(id=experiment.experiment_id))
+        client.set_experiment_tag(experiment.experiment_id, "mlflow.experimentKind", "custom_model_development")
+    return client, experiment.experiment_id
 
 
 def finished_runs(client: Any, experiment_id: str, stage_key: str) -> list[str]:
@@ -337,8 +369,16 @@ def _fail_killed(client: Any, experiment_id: str) -> None:
         except psutil.NoSuchProcess:
             alive = False
         if not alive:
+            _delete_traces(client, experiment_id, old.info.run_id)
             client.set_tag(old.info.run_id, "killed", "the process ended without closing its run")
             client.set_terminated(old.info.run_id, "FAILED")
+
+
+def _delete_traces(client: Any, experiment_id: str, run_id: str) -> None:
+    """Delete the traces of a run that another one replaces."""
+    of_run = f"attributes.run_id = '{run_id}'"
+    while found := client.search_traces(locations=[experiment_id], filter_string=of_run, include_spans=False):
+        client.delete_traces(experiment_id, trace_ids=[trace.info.trace_id for trace in found])
 
 
 @contextlib.contextmanager

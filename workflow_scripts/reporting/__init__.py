@@ -1,1 +1,1 @@
-"""What people look at: statistics behind the figures, the drawings, and the page."""
+"""What people look at: the gallery, the statistics behind the figures, the drawings, and the page."""

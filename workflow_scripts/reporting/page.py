@@ -268,7 +268,8 @@ the answers' probabilities are from all being alike; its thirds are those of eac
 <p>Versions: {{ versions }}.</p>
 </main>
 <footer><p>Method: Gambashidze, Sobolev, Kuznetsov, Oseledets, <cite>Test-Time Reasoning Through Visual
-Human Preferences with VLMs and Soft Rewards</cite>, arXiv 2503.19948. This file needs nothing else and loads nothing.</p></footer>
+Human Preferences with VLMs and Soft Rewards</cite>, arXiv 2503.19948. This file needs nothing
+else and loads nothing.</p></footer>
 <script type="application/json" id="pictures">{{ pictures|tojson }}</script>
 <script>{{ script }}</script>
 </body>
