@@ -148,7 +148,7 @@ def read_policies(arguments: Arguments, configs: dict[Path, dict[str, Any]], sub
         scores = pd.read_parquet(path)
         prompts = judged_prompts(subsets[key[2]], scores)
         by_method = {method: score_matrices(scores, prompts, method) for method in drawing.METHODS}
-        found[tuple(key)].append(Seed(prompts, by_method, read_rollouts(files[(*key, seed)])))  # type: ignore[index]
+        found[tuple(key)].append(Seed(prompts, by_method, read_rollouts(files[(*key, seed)])))
     return found
 
 
@@ -370,7 +370,7 @@ def anchor_ranks(seed: Seed) -> dict[str, float]:
     """Human rank of each prompt's anchor; empty where images were judged by themselves."""
     ranks = {p["prompt_id"]: dict(zip(p["image_ids"], p["ranks"], strict=True)) for p in seed.prompts}
     anchors = seed.rollouts.groupby("prompt_id")["anchor"].first().dropna()
-    return {name: ranks[name][anchor] for name, anchor in anchors.items()}
+    return {str(name): ranks[str(name)][anchor] for name, anchor in anchors.items()}
 
 
 def comparisons(seed: Seed, mean: bool = False) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def shown(value: Any, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def with_interval(row: dict[str, Any], name: str) -> str:
+def with_interval(row: Mapping[Any, Any], name: str) -> str:
     """A value of a CSV row with its interval."""
     interval = [shown(row.get(f"{name}_{end}")) for end in ("low", "high")]
     return shown(row.get(name)) + (f" [{interval[0]}, {interval[1]}]" if all(interval) else "")

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 INK, PAPER = "#1f2329", "#fffffe"
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.parse_math": False,  # titles of data sets are the user's
@@ -100,7 +100,7 @@ def series(rows: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any], float, pd.
     """Name, style, sideways shift in -1..1 and rows of each policy and method in a panel."""
     groups = list(rows.groupby(["policy", "method"], sort=False))
     for i, (name, group) in enumerate(groups):
-        policy, method = map(str, name)  # type: ignore[call-overload]
+        policy, method = map(str, name)
         shift = 2 * i / (len(groups) - 1) - 1 if len(groups) > 1 else 0.0
         yield f"{POLICIES[policy]}, {METHODS[method]}", series_style(policy, method), shift, group
 
