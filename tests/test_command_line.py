@@ -137,6 +137,8 @@ def test_every_stage_has_outputs_and_a_configuration_of_its_own(stage: str) -> N
         ("prepare_base_policy", stages.PrepareBasePolicy.of(Configuration())),
         ("cold_start_policy", stages.ColdStartPolicy.of(Configuration())),
         ("make_tables", stages.MakeTables.of(Configuration())),
+        ("make_figures", stages.MakeFigures.of(Configuration())),
+        ("make_report", stages.MakeReport.of(Configuration())),
     ],
 )
 def test_the_rule_s_text_arrives_unchanged(stage: str, config: Any) -> None:
@@ -147,6 +149,11 @@ def test_the_rule_s_text_arrives_unchanged(stage: str, config: Any) -> None:
             words += [f"--{name}", name]
     if stage == "make_tables":
         words = ["accuracy.json", "--adapters", "adapter", *words]
+    if stage == "make_figures":
+        lists = [word for name in ("scores", "subsets", "adapters", "figures") for word in (f"--{name}", name)]
+        words = ["rollouts.parquet", *lists, *words]
+    if stage == "make_report":
+        words = ["gallery.parquet", *words]
     arrived = cls.parse(words).config  # type: ignore[attr-defined]
     assert arrived == config and type(arrived) is type(config)
     assert arrived.canonical() == config.canonical()
