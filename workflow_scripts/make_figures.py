@@ -329,7 +329,7 @@ class Statistics:
     def answers(self, records: dict[tuple[str, int], dict[str, Any]]) -> pd.DataFrame:
         """Share of each sampled answer before and after training: in validation, and on the policy's own test set."""
         rows = []
-        for track in self.config.tracks:
+        for track in dict.fromkeys(track for track, _ in records):
             names = [*map(str, ANSWERS[self.config.tracks[track]]), "none"]
             own = [record for (name, _), record in records.items() if name == track]
             for when in ("before", "after"):

@@ -138,7 +138,7 @@ def accuracy_table(frame: pd.DataFrame, title: str, heads: dict[str, str], ks: l
     return {"title": title, "caption": caption, "columns": columns, "rows": rows, "heads": len(heads)}
 
 
-def claims_table(compared: pd.DataFrame) -> dict[str, Any]:
+def claims_table(compared: pd.DataFrame, titles: dict[str, str]) -> dict[str, Any]:
     """Every claim of the paper with its difference, by training set and by what it is measured against."""
     chosen = compared[(compared["tie"] == "half") & (compared["seed"].astype(str) == str(compared["seed"].iloc[-1]))]
     cases = list(chosen[["test_data", "against"]].drop_duplicates().itertuples(index=False, name=None))
@@ -152,7 +152,7 @@ def claims_table(compared: pd.DataFrame) -> dict[str, Any]:
         "lead": "Differences in percentage points, paired over prompts, predicted ties half. "
         "✓: the interval lies above zero. Other tie rules are in comparisons.csv.",
         "caption": f"Differences, {'seed ' if len(set(compared['seed'])) == 1 else ''}{compared['seed'].iloc[-1]}",
-        "columns": ["claim", *(f"{test}, {against}" for test, against in cases)],
+        "columns": ["claim", *(f"{titles[test]}, {against}" for test, against in cases)],
         "rows": [[claim, *(cells.get((claim, *case), "") for case in cases)] for claim in claims],
         "heads": 1,
     }
@@ -285,7 +285,7 @@ def card(
     images = []
     for row in rows:
         picture = hashlib.sha256(row["image"]).hexdigest()[:12]
-        human = "no rank" if row["human_rank"] is None else f"{row['human_rank']:.0f}"
+        human = "no rank" if row["human_rank"] is None else f"#{row['human_rank']:.0f}"
         if row["human_rating"] is not None:
             human += f" (rated {row['human_rating']:.0f})"
         error = "" if row["score_se"] is None else f" ± {row['score_se']:.2f}"
@@ -293,10 +293,10 @@ def card(
             {
                 **{key: row[key] for key in ("width", "height", "right", "human_rank", "predicted_rank", "image_id")},
                 "picture": picture,
-                "predicted": f"{row['predicted_rank']}.",
+                "predicted": f"#{row['predicted_rank']}",
                 "human": human,
                 "score": f"{row['score']:.2f}{error}",
-                "alt": f"{first['prompt']}: rank {row['predicted_rank']} of {len(rows)} by policy, {human} by people",
+                "alt": f"{first['prompt']}: rank #{row['predicted_rank']} of {len(rows)} by policy, {human} by people",
                 "people_alt": f"{first['prompt']}: rank {human} by people",
                 "bars": bars(row["rollouts"]),
                 "rollouts": [thought(rollout) for rollout in row["rollouts"]],
@@ -428,7 +428,7 @@ def content(arguments: Arguments, sidecars: dict[str, Any]) -> tuple[dict[str, A
     if not two.empty:
         title = "Table 2: sampled answer against soft reward, ImageReward test set"
         tables.append(accuracy_table(two, title, TABLE2, config.report_k))
-    claims = claims_table(compared)
+    claims = claims_table(compared, names["test"])
     failed = [row[0] for row in claims["rows"] if any(cell.startswith("✗") for cell in row[1:])]
     versions = {f"{name} {version}" for job in jobs for name, version in job["versions"].items()}
     return {
@@ -440,14 +440,12 @@ def content(arguments: Arguments, sidecars: dict[str, Any]) -> tuple[dict[str, A
         "annotators' "
         "judgements"
         + (
-            "; the noise-free order is known only in a synthetic world, and the ceiling is its accuracy."
+            "; the noise-free order is known only in a synthetic world, and the ceiling is the accuracy of that order."
             if synthetic
             else "."
         ),
         "tables": tables,
-        "protocols": [
-            f"{test}: {rule}" for test, rule in sorted(set(zip(one["test_data"], one["protocol"], strict=True)))
-        ],
+        "protocols": sorted(set(one["protocol"])),
         "claims": claims,
         "figures": read_figures(figures),
         "calibration": calibration_table(pd.read_csv(figures / "calibration_pairs.csv")),

@@ -138,6 +138,7 @@ def training_curves(frame: pd.DataFrame) -> Figure:
                 )
         for row, name in enumerate(["reward", *CURVES.values()]):
             axes[row, column].set_ylabel(name.replace(" (", "\n("))
+            axes[row, column].xaxis.get_major_locator().set_params(integer=True)
         axes[-1, column].set_xlabel("step")
     legend(figure, axes)
     return figure

@@ -49,11 +49,11 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 caption { text-align: left; color: var(--muted); padding-bottom: .3rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 600; min-width: 11rem; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td.wide { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 14rem; }
 figure { margin: 1.2rem 0; }
-figure.plot .scroll > svg { display: block; width: 100%; min-width: 34rem; height: auto; max-height: 40rem; }
+figure.plot .scroll > svg { display: block; width: 100%; min-width: 34rem; height: auto; max-height: 56rem; }
 figcaption { color: var(--muted); font-size: .92rem; }
 figcaption strong { color: var(--ink); }
 summary { cursor: pointer; color: var(--link); }
