@@ -74,6 +74,8 @@ rule all:
         f"{RESULTS}/sensitivity.csv",
         f"{RESULTS}/tables.md",
         stages.gallery_files(configuration),
+        expand(f"{RESULTS}/figures/{{name}}.svg", name=stages.FIGURES),
+        f"{RESULTS}/report.html",
 
 
 include: "rules/datasets.smk"

@@ -149,6 +149,8 @@ def test_every_stage_has_outputs_and_a_configuration_of_its_own(stage: str) -> N
         ("cold_start_policy", stages.ColdStartPolicy.of(Configuration())),
         ("make_gallery", stages.MakeGallery.of(Configuration(), "hpsv2", "grpo", "imagereward", 1)),
         ("make_tables", stages.MakeTables.of(Configuration())),
+        ("make_figures", stages.MakeFigures.of(Configuration())),
+        ("make_report", stages.MakeReport.of(Configuration())),
     ],
 )
 def test_the_rule_s_text_arrives_unchanged(stage: str, config: Any) -> None:
@@ -161,6 +163,11 @@ def test_the_rule_s_text_arrives_unchanged(stage: str, config: Any) -> None:
         words = ["accuracy.json", "--adapters", "adapter", *words]
     if stage == "make_gallery":
         words = ["rollouts.parquet", "--images", "images", *words]
+    if stage == "make_figures":
+        lists = [word for name in ("scores", "subsets", "adapters", "figures") for word in (f"--{name}", name)]
+        words = ["rollouts.parquet", *lists, *words]
+    if stage == "make_report":
+        words = ["gallery.parquet", *words]
     arrived = cls.parse(words).config  # type: ignore[attr-defined]
     assert arrived == config and type(arrived) is type(config)
     assert arrived.canonical() == config.canonical()

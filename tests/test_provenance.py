@@ -126,13 +126,24 @@ def test_a_touch_changes_no_digest(package: Path) -> None:
         ("rewards.py", "2: 0.5", "2: 0.4", {"train_grpo"}),
         ("train_grpo.py", "% 2:", "% 3:", {"train_grpo"}),
         ("score_rollouts.py", '"soft", "hard"', '"hard", "soft"', {"score_rollouts"}),
-        ("scoring/bootstrap.py", 'method="percentile"', 'method="basic"', {"measure_accuracy", "make_tables"}),
-        ("scoring/anchor_ranking.py", "ANCHOR_SCORE = 0.5", "ANCHOR_SCORE = 0.4", {"score_rollouts"}),
+        (
+            "scoring/bootstrap.py",
+            'method="percentile"',
+            'method="basic"',
+            {"measure_accuracy", "make_tables", "make_figures"},
+        ),
+        (
+            "scoring/anchor_ranking.py",
+            "ANCHOR_SCORE = 0.5",
+            "ANCHOR_SCORE = 0.4",
+            {"score_rollouts", "make_gallery", "make_figures", "make_report"},
+        ),
         (
             "scoring/pair_accuracy.py",
             '"half": 0.5',
             '"half": 0.4',
-            {"score_rollouts", "measure_accuracy", "make_tables", "train_grpo"},
+            {"train_grpo", "score_rollouts", "measure_accuracy", "make_gallery", "make_tables"}
+            | {"make_figures", "make_report"},
         ),
         ("rollouts/transformers_engine.py", "2**63", "2**62", {"train_grpo", "generate_rollouts"}),
         ("rollouts/items.py", '"anchor"', '"other"', {"train_grpo", "generate_rollouts"}),

@@ -59,8 +59,9 @@ def main() -> None:
         ]
         scores: dict[str, dict[str, list[float]]] = {}
         table = pd.read_parquet(arguments.scores, columns=["prompt_id", "image_id", "k", "soft"]).sort_values("k")
-        for row in table[table["prompt_id"].isin(wanted)].itertuples():
-            scores.setdefault(row.prompt_id, {}).setdefault(row.image_id, []).append(row.soft)
+        table = table[table["prompt_id"].isin(wanted)]
+        for prompt, image, soft in zip(table["prompt_id"], table["image_id"], table["soft"], strict=True):
+            scores.setdefault(prompt, {}).setdefault(image, []).append(soft)
         shown = {image for row in prompts for image in row["image_ids"]}
         pictures = {
             row["image_id"]: decoded(row["bytes"]) for row in read_images(arguments.images) if row["image_id"] in shown

@@ -23,12 +23,10 @@ from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences.schema import SUBSET, read_table
 from workflow_scripts.provenance import check_file, replacing, write_json
 from workflow_scripts.scoring.bootstrap import accuracy_interval
-from workflow_scripts.scoring.protocols import HPDV2, IMAGEREWARD, first_listed, prompt_credit
+from workflow_scripts.scoring.protocols import NEUTRAL, OFFICIAL, first_listed, prompt_credit
 from workflow_scripts.stage_configuration import MeasureAccuracy
 from workflow_scripts.tracking import run_stage
 
-OFFICIAL = {"imagereward": IMAGEREWARD, "hpsv2": HPDV2, "own": IMAGEREWARD}
-NEUTRAL = {"pointwise": 4.0, "pairwise": 0.5}
 RULES = ["method", "k", "against", "tie", "label_tie", "missing"]
 
 

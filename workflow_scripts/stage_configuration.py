@@ -38,6 +38,11 @@ from workflow_scripts.provenance import ROOT, canonical_json
 
 VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}  # HPDv2 has no such split
 
+FIGURES = (
+    *("training_curves", "mean_at_k", "calibration_pairs", "calibration_ratings", "answers", "rank_distance"),
+    *("confidence", "tie_rules", "presentation_order", "anchor_rank"),
+)
+
 
 class StageConfig(Section):
     """What one stage instance uses, wildcards included."""
@@ -390,6 +395,42 @@ class MakeTables(StageConfig):
         )
 
 
+class MakeFigures(StageConfig):
+    """Config of `make_figures`."""
+
+    tracks: dict[Track, Protocol]
+    missing_answer: Literal["wrong", "neutral", "dropped"]
+    bootstrap: Bootstrap
+    own_title: str | None = Field(default=None, exclude_if=lambda title: title is None)
+
+    @classmethod
+    def of(cls, c: Configuration) -> Self:
+        """Select from the configuration."""
+        return cls(
+            tracks={track: protocol_of(c, track) for track in c.tracks},
+            missing_answer=c.scoring.missing_answer,
+            bootstrap=c.scoring.bootstrap,
+            own_title=c.datasets.own.title if uses_own_data(c) else None,
+        )
+
+
+class MakeReport(StageConfig):
+    """Config of `make_report`."""
+
+    report_k: list[int]
+    confidence: float
+    own_title: str | None = Field(default=None, exclude_if=lambda title: title is None)
+
+    @classmethod
+    def of(cls, c: Configuration) -> Self:
+        """Select from the configuration."""
+        return cls(
+            report_k=c.scoring.report_k,
+            confidence=c.scoring.bootstrap.confidence,
+            own_title=c.datasets.own.title if uses_own_data(c) else None,
+        )
+
+
 STAGES: dict[str, Any] = {
     "synthesize_dataset": SynthesizeDataset,
     "download_dataset": DownloadDataset,
@@ -405,6 +446,8 @@ STAGES: dict[str, Any] = {
     "measure_accuracy": MeasureAccuracy,
     "make_gallery": MakeGallery,
     "make_tables": MakeTables,
+    "make_figures": MakeFigures,
+    "make_report": MakeReport,
 }
 
 
@@ -483,6 +526,26 @@ def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
 def accuracy_files(c: Configuration) -> list[str]:
     """Accuracies that the tables are made from."""
     return [f"{c.results}/accuracy/{t}/{policy}/seed{seed}/{test}.json" for t, policy, test, seed in measured(c)]
+
+
+def score_files(c: Configuration) -> list[str]:
+    """Scores of every policy on every test set of the tables."""
+    return [f"{c.results}/scores/{t}/{policy}/seed{seed}/{test}.parquet" for t, policy, test, seed in measured(c)]
+
+
+def rollout_files(c: Configuration) -> list[str]:
+    """Rollouts of the same: all shards and blocks."""
+    return [
+        f"{c.results}/rollouts/{t}/{policy}/seed{seed}/{test}/{shard:04d}-{block:04d}.parquet"
+        for t, policy, test, seed in measured(c)
+        for shard in shards(c, test)
+        for block in range(c.rollouts.blocks)
+    ]
+
+
+def test_sets(c: Configuration) -> list[Dataset]:
+    """Data sets that any policy is tested on."""
+    return list(dict.fromkeys(test for _, _, test, _ in measured(c)))
 
 
 def gallery_files(c: Configuration) -> list[str]:

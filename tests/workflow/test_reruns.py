@@ -17,8 +17,8 @@ from workflow_scripts.rerun_matrix import modules, stages
 
 # configs/test.yaml takes data and policy from elsewhere.
 NOT_RUN = {"download_dataset", "cold_start_policy", "record_own_data"}
-SCORING = {"score_rollouts", "measure_accuracy", "make_tables"}
-TRAINING = {"train_grpo", "generate_rollouts", "make_gallery", *SCORING}
+SCORING = {"score_rollouts", "measure_accuracy", "make_gallery", "make_tables", "make_figures", "make_report"}
+TRAINING = {"train_grpo", "generate_rollouts", *SCORING}
 MODULES = sorted({f"{PACKAGE}/{module.replace('.', '/')}.py" for module in modules()})
 
 
@@ -92,12 +92,11 @@ def test_named_keys_rerun_what_was_promised(by_key: dict[str, dict[str, str]]) -
     for key, cells in by_key.items():
         section = key.split(".")[0]
         if key == "scoring.report_k":
-            only(cells, measure_accuracy="all", make_tables="all")
+            only(cells, measure_accuracy="all", make_tables="all", make_report="all")
         if key == "rollouts.blocks":
-            follow = dict.fromkeys(("score_rollouts", "make_gallery", "measure_accuracy", "make_tables"), "all")
-            only(cells, generate_rollouts="+8", **follow)
+            only(cells, generate_rollouts="+8", **dict.fromkeys(SCORING, "all"))
         if section == "report":
-            only(cells, make_gallery="all")
+            only(cells, make_gallery="all", make_report="all")
         if section == "scoring":
             assert set(cells) <= SCORING, key
         if section in ("tracking", "resources"):
@@ -115,16 +114,17 @@ def test_named_keys_rerun_what_was_promised(by_key: dict[str, dict[str, str]]) -
 
 
 # What the command line itself says of these, by rule and outputs.
-REPORTED = {"measure_accuracy": 5, "make_tables": 1}
+REPORTED = {"measure_accuracy": 5, "make_tables": 1, "make_report": 1}
+RESAMPLED = {**REPORTED, "make_figures": 1}
 CASES = [
     ("scoring={report_k: [1, 2]}", REPORTED, {}),
-    ("scoring={bootstrap: {seed: 1}}", REPORTED, {}),
-    ("scoring={missing_answer: dropped}", REPORTED, {}),
-    ("rollouts={blocks: 2}", {"score_rollouts": 5, "make_gallery": 5, **REPORTED}, {"generate_rollouts": 8}),
+    ("scoring={bootstrap: {seed: 1}}", RESAMPLED, {}),
+    ("scoring={missing_answer: dropped}", RESAMPLED, {}),
+    ("rollouts={blocks: 2}", {"score_rollouts": 5, "make_gallery": 5, **RESAMPLED}, {"generate_rollouts": 8}),
     (
         "training={hpsv2: {rewards: {exact: 2.0}}}",
-        {"train_grpo": 1, "generate_rollouts": 3, "make_tables": 1}
-        | dict.fromkeys(("score_rollouts", "make_gallery", "measure_accuracy"), 2),
+        {"train_grpo": 1, "generate_rollouts": 3, "score_rollouts": 2, "measure_accuracy": 2, "make_gallery": 2}
+        | {"make_tables": 1, "make_figures": 1, "make_report": 1},
         {},
     ),
     ("tracking={enabled: false, experiment: other, artifact_megabytes: 1, uri: 'sqlite:///other.db'}", {}, {}),
@@ -141,7 +141,7 @@ def test_a_changed_key_reruns_what_uses_it(
         rules = [job.rule for job in jobs if job.reruns is rerun]
         assert {rule: rules.count(rule) for rule in rules} == wanted, jobs
     if "hpsv2: {rewards" in config:
-        paths = [job.outputs[0] for job in jobs if job.rule != "make_tables"]
+        paths = [job.outputs[0] for job in jobs if job.rule not in ("make_tables", "make_figures", "make_report")]
         assert all("/hpsv2/" in path and "/zeroshot/" not in path for path in paths)
     if "blocks" in config:
         recorded = [path for job in jobs for path in job.outputs if "/rollouts/" in path]

@@ -1,1 +1,1 @@
-"""What people look at, as functions of scores, rollouts and images."""
+"""What people look at: the gallery, the statistics behind the figures, the drawings, and the page."""

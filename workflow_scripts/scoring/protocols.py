@@ -30,6 +30,9 @@ IMAGEREWARD_MACRO = Protocol(tie="wrong", average="macro", label_tie="dropped")
 # `HPDV2._replace(tie="half")` is its expectation, while this one gives a constant score 100 %.
 HPDV2 = Protocol(tie="right", average="macro", label_tie="right")
 
+OFFICIAL = {"imagereward": IMAGEREWARD, "hpsv2": HPDV2, "own": IMAGEREWARD}  # of each test set
+NEUTRAL = {"pointwise": 4.0, "pairwise": 0.5}  # the score that prefers nothing
+
 
 def _label_tied_pairs(ranks: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Index arrays (T,), (T,) of the pairs of one prompt whose images share a rank."""
