@@ -19,6 +19,7 @@ sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import configuration as configurations
 from workflow_scripts import log_runs
+from workflow_scripts import register_policy
 from workflow_scripts import stage_configuration as stages
 from workflow_scripts.locks import Lock
 from workflow_scripts.provenance import code_digest, stage_environment
@@ -43,6 +44,7 @@ onstart:
 onsuccess:
     LOCK.release()
     log_runs.remind(configuration)
+    register_policy.at_the_end(configuration)
 
 
 onerror:
@@ -69,6 +71,7 @@ rule all:
         f"{RESULTS}/comparisons.csv",
         f"{RESULTS}/sensitivity.csv",
         f"{RESULTS}/tables.md",
+        stages.ranking_files(configuration),
 
 
 include: "rules/datasets.smk"
@@ -77,3 +80,4 @@ include: "rules/training.smk"
 include: "rules/rollouts.smk"
 include: "rules/scoring.smk"
 include: "rules/tables.smk"
+include: "rules/ranking.smk"
