@@ -81,6 +81,7 @@ def register(folder: Path) -> tuple[str, str, bool]:
 def _log_model(folder: Path, sidecar: dict[str, Any], name: str, run: str) -> str:
     """Make the model and its version; returns the version's number."""
     import mlflow
+    import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array
@@ -128,7 +129,7 @@ def _log_model(folder: Path, sidecar: dict[str, Any], name: str, run: str) -> st
                 ),
                 params=ParamSchema([ParamSpec("k", DataType.long, 3), ParamSpec("seed", DataType.long, 0)]),
             ),
-            input_example={"prompt": [prompt], "images": [images]},
+            input_example=pd.DataFrame({"prompt": [prompt], "images": [images]}),
             metadata={"stage_key": sidecar["stage_key"], "base_files": files},
         )
     return str(logged.registered_model_version)
