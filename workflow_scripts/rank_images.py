@@ -138,7 +138,7 @@ def main() -> None:
     outputs = Outputs(*(Path(f"{arguments.output}.{ending}") for ending in ("csv", "jsonl", "html")))
     counts = rank_files(judge, listed, outputs)
     print_ranking(outputs.rows, counts["images"])
-    print(f"{counts['images']} images of {counts['prompts']} prompts: {', '.join(map(str, outputs))}")
+    print(f"images: {counts['images']}, prompts: {counts['prompts']}; written: {', '.join(map(str, outputs))}")
     if counts["without_score"]:
         print(f"{counts['without_score']} without a score; the column `problem` says why", file=sys.stderr)
     if counts["without_score"] == counts["images"]:

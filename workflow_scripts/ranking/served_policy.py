@@ -25,7 +25,7 @@ class ServedPolicy(PythonModel):
 
         settings = context.model_config
         policies = Path(context.artifacts["policies"])
-        self.judge = Judge.load(policies / settings["policy"], base=settings["base"] or policies / "base" / "model")
+        self.judge = Judge.load(policies / settings["policy"], base=settings.get("base") or policies / "base" / "model")
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
