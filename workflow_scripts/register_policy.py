@@ -80,6 +80,8 @@ def register(folder: Path) -> tuple[str, str, bool]:
 
 def _log_model(folder: Path, sidecar: dict[str, Any], name: str, run: str) -> str:
     """Make the model and its version; returns the version's number."""
+    os.environ |= {"MLFLOW_UV_AUTO_DETECT": "false", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     import mlflow
     import pandas as pd
     from mlflow.models import Model, ModelSignature
