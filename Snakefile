@@ -19,7 +19,7 @@ min_version("9.0")
 sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import configuration as configurations
-from workflow_scripts import log_runs, summary
+from workflow_scripts import log_runs, register_policy, summary
 from workflow_scripts import stage_configuration as stages
 from workflow_scripts.locks import Lock
 from workflow_scripts.provenance import code_digest, stage_environment
@@ -46,6 +46,7 @@ onsuccess:
     LOCK.release()
     summary.tell_success(configuration, STARTED)
     log_runs.remind(configuration)
+    register_policy.at_the_end(configuration)
 
 
 onerror:
@@ -76,6 +77,7 @@ rule all:
         stages.gallery_files(configuration),
         expand(f"{RESULTS}/figures/{{name}}.svg", name=stages.FIGURES),
         f"{RESULTS}/report.html",
+        stages.ranking_files(configuration),
 
 
 include: "rules/datasets.smk"
@@ -85,3 +87,4 @@ include: "rules/rollouts.smk"
 include: "rules/scoring.smk"
 include: "rules/tables.smk"
 include: "rules/report.smk"
+include: "rules/ranking.smk"

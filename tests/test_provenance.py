@@ -125,7 +125,7 @@ def test_a_touch_changes_no_digest(package: Path) -> None:
     [
         ("rewards.py", "2: 0.5", "2: 0.4", {"train_grpo"}),
         ("train_grpo.py", "% 2:", "% 3:", {"train_grpo"}),
-        ("score_rollouts.py", '"soft", "hard"', '"hard", "soft"', {"score_rollouts"}),
+        ("scoring/image_scores.py", '"soft", "hard"', '"hard", "soft"', {"score_rollouts"}),
         (
             "scoring/bootstrap.py",
             'method="percentile"',

@@ -473,6 +473,32 @@ class Scoring(Section):
         return value
 
 
+class Ranking(Section):
+    """Ranking of images that are no data set, with a trained policy (docs/ranking.md); nothing by default."""
+
+    images: str = ""
+    """What to rank: a CSV with the columns prompt and path (relative to the CSV), or a folder of images for one prompt.
+    Relative to the repository; empty: nothing."""
+    prompt: str = ""
+    """The prompt of a folder; a CSV has its own."""
+    track: Track = "imagereward"
+    """Training of the policy that ranks."""
+    seed: int = Field(0, ge=0)
+    """Seed of the training, and of the rollouts."""
+    k: int = Field(3, ge=1)
+    """Rollouts of each question, whose mean is the score."""
+    batch: int = Field(16, ge=1)
+    """Questions that pass through the model together."""
+    both_orders: bool = False
+    """Pairwise: show every pair in both orders and average; twice the rollouts."""
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> "Ranking":
+        if self.images and not self.images.endswith(".csv") and not self.prompt.strip():
+            raise ValueError("images is a folder, which needs a prompt; set prompt, or images to a CSV with prompts")
+        return self
+
+
 class CrossTest(Section):
     """A policy trained on one data set and tested on another."""
 
@@ -547,6 +573,7 @@ class Resources(Section):
     cold_start_policy: JobResources = JobResources()
     train_grpo: JobResources = JobResources()
     generate_rollouts: JobResources = JobResources()
+    rank_own_images: JobResources = JobResources()
     others: SmallResources = SmallResources()
 
 
@@ -575,6 +602,7 @@ class Configuration(Section):
     rollouts: Rollouts = Rollouts()
     scoring: Scoring = Scoring()
     report: Report = Report()
+    ranking: Ranking = Ranking()
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
 

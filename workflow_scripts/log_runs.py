@@ -33,9 +33,8 @@ from workflow_scripts.provenance import (
     write_json,
 )
 from workflow_scripts.redaction import redact_output, redacted
+from workflow_scripts.register_policy import ADAPTER, KEYS, register_all
 from workflow_scripts.tracking import Run, finish, finished_runs, open_store
-
-KEYS = ("uri", "experiment", "artifact_megabytes")
 
 
 class NotLoggedError(RuntimeError):
@@ -197,6 +196,11 @@ def main() -> None:
     print(f"{logged} logged, {there} were there")
     if damaged:
         sys.exit("\n".join([f"{len(damaged)} not logged:", *damaged]))
+    policies = [
+        path.parent for folder in arguments.folders for path in sorted(folder.glob(f"policies/*/seed*/{ADAPTER}"))
+    ]
+    if failed := register_all(policies):
+        sys.exit("\n".join(f"not registered: {problem}" for problem in failed))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ CHOSEN: dict[str, Any] = {
     "scoring.report_k": [1, 2],
     "distributed.strategy": "ddp",  # the others need a GPU
     "datasets.own.annotations": "pairs.jsonl",
+    "ranking.images": "examples/prompts.csv",
     "policy.image_processor": {"do_normalize": False},
     "training.imagereward.generation": "transformers",  # vLLM needs a GPU there
     "training.hpsv2.generation": "transformers",
@@ -45,6 +46,7 @@ SOURCES: list[dict[str, Any]] = [
     {"datasets": {"imagereward": {"source": "hub"}, "hpsv2": {"source": "hub"}}},
     {"policy": {"source": "cold_start"}},
     {"tracks": ["imagereward", "hpsv2", "own"]},
+    {"ranking": {"images": "examples/prompts.csv"}},
 ]
 
 

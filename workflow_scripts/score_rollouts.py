@@ -4,7 +4,6 @@ python -m workflow_scripts.score_rollouts results/rollouts/imagereward/grpo/seed
     --output results/scores/imagereward/grpo/seed0/imagereward.parquet --config '{"track": "imagereward", …}'
 """
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +14,7 @@ from workflow_scripts.policy.prompts import ANSWERS
 from workflow_scripts.preferences.schema import SchemaError, read_table
 from workflow_scripts.provenance import replacing
 from workflow_scripts.rollouts.record import ROLLOUT
-from workflow_scripts.scoring.anchor_ranking import anchor_scores, candidate_probability
-from workflow_scripts.scoring.pair_accuracy import expected_answer
+from workflow_scripts.scoring.image_scores import image_scores
 from workflow_scripts.stage_configuration import ScoreRollouts
 from workflow_scripts.tracking import run_stage
 
@@ -43,36 +41,6 @@ class Arguments(StageArguments):
     """Configuration of this stage as JSON."""
 
 
-def scores(rollouts: pd.DataFrame, answers: tuple[int, ...]) -> pd.DataFrame:
-    """Columns of SCORE from columns of ROLLOUT: expected ratings, or probabilities against the prompt's anchor."""
-    frame = rollouts[["item_id", "prompt_id", "k", "forced"]].assign(
-        image_id=rollouts["candidate"],
-        soft=expected_answer(np.stack(list(rollouts["answer_logprobs"])), answers),
-        hard=rollouts["sampled_answer"].astype("float64"),
-        forced=rollouts["forced"].astype("float64"),
-    )
-    if rollouts["anchor"].isna().all():
-        return frame
-    for column in ("soft", "hard"):
-        frame[column] = candidate_probability(frame[column], rollouts["candidate_second"].astype(bool))
-    anchors = rollouts.groupby("prompt_id")["anchor"].first()
-    return pd.concat([_against_anchor(group, str(anchors[name])) for name, group in frame.groupby("prompt_id")])
-
-
-def _against_anchor(frame: pd.DataFrame, anchor: str) -> pd.DataFrame:
-    """Scores of one prompt's images, the anchor's among them; both presentation orders of a pair are averaged."""
-    names = [anchor, *sorted(set(frame["image_id"]))]
-    columns = {}
-    for column in ("soft", "hard", "forced"):
-        table = frame.pivot(index=["item_id", "image_id"], columns="k", values=column)
-        candidates = [names.index(image) for image in table.index.get_level_values("image_id")]
-        columns[column] = anchor_scores(len(names), 0, candidates, table.to_numpy()).ravel()
-    index = pd.MultiIndex.from_product([names, table.columns], names=["image_id", "k"])
-    scored = pd.DataFrame(columns, index=index).reset_index().assign(prompt_id=frame["prompt_id"].iloc[0])
-    scored.loc[scored["image_id"] == anchor, "forced"] = np.nan
-    return scored
-
-
 def main() -> None:
     """Run the stage."""
     arguments = Arguments.parse()
@@ -84,7 +52,7 @@ def main() -> None:
                 f"{arguments.rollouts[0].parent} holds no rollout: no test question fits the policy's context and has "
                 "its images; see the warnings of generate_rollouts, and choose other test data or another policy"
             )
-        frame = scores(rollouts, answers).sort_values(["prompt_id", "image_id", "k"])
+        frame = image_scores(rollouts, answers).sort_values(["prompt_id", "image_id", "k"])
         with replacing(arguments.output) as temporary:
             pq.write_table(pa.Table.from_pandas(frame, SCORE, preserve_index=False), temporary, compression="zstd")
         run.metrics(

@@ -35,6 +35,7 @@ from workflow_scripts.configuration import (
     TrainingVllm,
 )
 from workflow_scripts.provenance import ROOT, canonical_json
+from workflow_scripts.ranking.listing import listed
 
 VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}  # HPDv2 has no such split
 
@@ -395,6 +396,23 @@ class MakeTables(StageConfig):
         )
 
 
+class RankOwnImages(StageConfig):
+    """Config of `rank_own_images`."""
+
+    images: str
+    prompt: str
+    track: Track
+    seed: int
+    k: int
+    batch: int
+    both_orders: bool
+
+    @classmethod
+    def of(cls, c: Configuration) -> Self:
+        """Select from the configuration."""
+        return cls(**c.ranking.model_dump())
+
+
 class MakeFigures(StageConfig):
     """Config of `make_figures`."""
 
@@ -448,6 +466,7 @@ STAGES: dict[str, Any] = {
     "make_tables": MakeTables,
     "make_figures": MakeFigures,
     "make_report": MakeReport,
+    "rank_own_images": RankOwnImages,
 }
 
 
@@ -468,7 +487,7 @@ def job_resources(c: Configuration, rule: str) -> dict[str, int]:
 def gpus(c: Configuration, rule: str) -> int:
     """GPUs that a job of a rule uses."""
     shared = c.rollouts.vllm.tensor_parallel_size if c.rollouts.engine == "vllm" else 1
-    used = {"train_grpo": c.distributed.processes, "generate_rollouts": shared}
+    used = {"train_grpo": c.distributed.processes, "generate_rollouts": shared, "rank_own_images": 1}
     return used.get(rule, 0) * (c.policy.device == "cuda")
 
 
@@ -580,6 +599,21 @@ def own_files(c: Configuration) -> list[str]:
         path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".csv", ".jsonl", ".parquet")
     ]
     return _from_here([folder / own.annotations, *sorted(images)])
+
+
+def ranked_images(c: Configuration) -> list[str]:
+    """The user's table and the images to rank that are there; none where nothing is to be ranked."""
+    if not c.ranking.images:
+        return []
+    given = ROOT / c.ranking.images
+    paths = {one.path for one in listed(given, c.ranking.prompt)}
+    return _from_here([*([given] if given.is_file() else []), *sorted(path for path in paths if path.is_file())])
+
+
+def ranking_files(c: Configuration) -> list[str]:
+    """Ranking of the user's images, where there are some to rank."""
+    endings = ("csv", "jsonl", "html") if c.ranking.images else ()
+    return [f"{c.results}/ranking/ranking.{ending}" for ending in endings]
 
 
 def _from_here(paths: list[Path]) -> list[str]:

@@ -30,7 +30,8 @@ from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS
 from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
 from workflow_scripts.provenance import ROOT, described, write_json
-from workflow_scripts.score_rollouts import SCORE, scores
+from workflow_scripts.score_rollouts import SCORE
+from workflow_scripts.scoring.image_scores import image_scores
 from workflow_scripts.stage_configuration import GenerateRollouts, MakeTables, MeasureAccuracy, ScoreRollouts, TrainGrpo
 from workflow_scripts.train_grpo import image_reader, last_complete_checkpoint, soft_pair_accuracy, training_items
 
@@ -101,10 +102,10 @@ def expected_scores(rollouts: list[dict[str, Any]], answers: tuple[int, ...]) ->
 
 
 def check_scores(rollouts: list[dict[str, Any]], answers: tuple[int, ...], shuffle: random.Random) -> None:
-    """Compare `scores` with the brute force."""
+    """Compare `image_scores` with the brute force."""
     expected = expected_scores(rollouts, answers)
     shuffle.shuffle(rollouts)
-    frame = scores(pd.DataFrame(rollouts), answers)
+    frame = image_scores(pd.DataFrame(rollouts), answers)
     assert set(SCORE.names) <= set(frame.columns)
     assert len(frame) == len(expected)
     for row in frame.to_dict("records"):

@@ -22,7 +22,7 @@ from workflow_scripts.provenance import ROOT, verify
 
 RULES = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk")), re.M))
 # Of other data and policies than those of configs/test.yaml.
-OTHER_SOURCES = {"download_dataset", "cold_start_policy", "record_own_data"}
+OTHER_SOURCES = {"download_dataset", "cold_start_policy", "record_own_data", "rank_own_images"}
 
 
 @pytest.fixture(scope="session")
