@@ -2,6 +2,11 @@
 
 import ast
 import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +18,7 @@ from workflow_scripts import stage_configuration as stages
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.configuration import Configuration, Section
 from workflow_scripts.provenance import ROOT, module_closure
+from workflow_scripts.stage_configuration import SelectSubset
 
 STAGES = sorted(
     path.stem
@@ -111,7 +117,12 @@ def test_every_stage_explains_itself(stage: str, capsys: pytest.CaptureFixture[s
     for name, field in arguments_of(stage).model_fields.items():
         assert name in said.lower() and field.description, name
         assert " ".join(field.description.split())[:30] in said
-    assert f"python -m workflow_scripts.{stage} " in str(importlib.import_module(f"workflow_scripts.{stage}").__doc__)
+    example = said[said.index("example: ") :].removeprefix("example: ").split("The workflow passes")[0]
+    assert example.startswith(f"python -m workflow_scripts.{stage} ")
+    options = re.findall(r" --([a-z_0-9]+)", example.split(" torchrun ")[0])
+    assert "config" in options and set(options) <= set(arguments_of(stage).model_fields)
+    assert f"usage: python -m workflow_scripts.{stage} [-h]" in said and "(default: null)" in said
+    assert "docs/configuration.md" in said and "Exit status: 0 done" in said
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -136,6 +147,7 @@ def test_every_stage_has_outputs_and_a_configuration_of_its_own(stage: str) -> N
         ("read_images", stages.ReadImages.of(Configuration(), "hpsv2", "train", 0)),
         ("prepare_base_policy", stages.PrepareBasePolicy.of(Configuration())),
         ("cold_start_policy", stages.ColdStartPolicy.of(Configuration())),
+        ("make_gallery", stages.MakeGallery.of(Configuration(), "hpsv2", "grpo", "imagereward", 1)),
         ("make_tables", stages.MakeTables.of(Configuration())),
         ("make_figures", stages.MakeFigures.of(Configuration())),
         ("make_report", stages.MakeReport.of(Configuration())),
@@ -149,6 +161,8 @@ def test_the_rule_s_text_arrives_unchanged(stage: str, config: Any) -> None:
             words += [f"--{name}", name]
     if stage == "make_tables":
         words = ["accuracy.json", "--adapters", "adapter", *words]
+    if stage == "make_gallery":
+        words = ["rollouts.parquet", "--images", "images", *words]
     if stage == "make_figures":
         lists = [word for name in ("scores", "subsets", "adapters", "figures") for word in (f"--{name}", name)]
         words = ["rollouts.parquet", *lists, *words]
@@ -160,6 +174,53 @@ def test_the_rule_s_text_arrives_unchanged(stage: str, config: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
+
+INTERRUPTED = """
+import sys
+from workflow_scripts.select_subset import Arguments
+from workflow_scripts.tracking import run_stage
+
+with run_stage(Arguments.parse()):
+    print("running", flush=True)
+    sys.stdin.read()
+"""
+
+
+def started(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    """A process of a stage, without tracking."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, **pipes)
+
+
+SUBSET = ["--output", "subset.parquet", "--config", SelectSubset.of(Configuration(), "imagereward", "test").canonical()]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "last"),
+    [
+        (["--help"], 0, ""),
+        ([*SUBSET, "--preferences", "nothing.parquet"], 1, "error: nothing.parquet has no readable provenance file"),
+        ([*SUBSET, "--preferencse", "nothing.parquet"], 2, "unrecognized arguments: --preferencse nothing.parquet"),
+        (SUBSET, 2, "--preferences: Field required"),
+    ],
+)
+def test_exit_status(words: list[str], status: int, last: str, tmp_path: Path) -> None:
+    process = started(["-m", "workflow_scripts.select_subset", *words], tmp_path)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == status, said
+    assert last in (said.splitlines() or [""])[-1] and "Traceback" not in said
+
+
+def test_ctrl_c_is_said_in_one_line(tmp_path: Path, with_sidecar: Any) -> None:
+    (tmp_path / "preferences.parquet").write_text("never read")
+    with_sidecar(tmp_path / "preferences.parquet")
+    process = started(["-c", INTERRUPTED, *SUBSET, "--preferences", "preferences.parquet"], tmp_path)
+    assert process.stdout and process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT  # a shell says 130
+    assert said.splitlines()[-1] == "interrupted; run the same command again to go on" and "Traceback" not in said
 
 
 def raised(tree: ast.AST) -> Iterator[str]:

@@ -83,7 +83,7 @@ def test_a_summary_that_fails_is_no_failure(results: Path, capsys: pytest.Captur
     (results / "table1.csv").write_bytes(b"\xff\x00training_data")
     summary.tell_success(load({"results": str(results)}), 0)
     assert "no summary: UnicodeDecodeError" in capsys.readouterr().err
-    summary.tell_failure(results / "there is no such log")
+    summary.tell_failure([str(results / "there is no such log")])
     assert "no summary: FileNotFoundError" in capsys.readouterr().err
 
 
@@ -170,7 +170,7 @@ def workflow(folder: Path, command: str, *options: str) -> subprocess.CompletedP
 
 
 def test_a_failed_job_is_named_with_its_reason_and_the_remedy(tmp_path: Path) -> None:
-    done = workflow(tmp_path, "echo 'error: the disk is full'; echo closing; false")
+    done = workflow(tmp_path, "(echo 'error: the disk is full'; echo closing; false)")
     assert done.returncode == 1
     told = done.stderr[done.stderr.rindex("failed: first") :].splitlines()
     assert told[1].strip() == "error: the disk is full" and told[2].strip() == "all it said: results/logs/made.log"

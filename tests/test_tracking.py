@@ -179,6 +179,68 @@ def test_what_the_stage_reports_is_in_the_run_and_in_the_sidecar(store: Any, pre
     assert sidecar["warnings"] == ["first", "second"]
 
 
+def judged(image: str, anchor: bool) -> dict[str, Any]:
+    """A row of a gallery of pairs; the anchor's image is of other bytes."""
+    row = {
+        "prompt_id": "p",
+        "prompt": "a <b>cat</b>",
+        "dataset": "hpsv2",
+        "track": "hpsv2",
+        "policy": "grpo",
+        "seed": 0,
+    }
+    row |= {
+        "image_id": image,
+        "image": image.encode(),
+        "anchor": anchor,
+        "predicted_rank": 1,
+        "score": 0.75,
+        "right": False,
+    }
+    row |= {
+        "score_se": None,
+        "human_rank": 2.0,
+        "human_rating": None,
+        "pairs": 3,
+        "pairs_right": 1.5,
+        "confidence": 0.7,
+    }
+    thought = {"k": 0, "text": "<think>it has ears</think><answer>1</answer>", "answer_probabilities": [0.25, 0.75]}
+    thought |= {"soft": 0.75, "sampled_answer": 1, "forced": False, "second": True}
+    return row | {"rollouts": [] if anchor else [thought]}
+
+
+def test_images_of_a_gallery_are_traces_of_its_run(store: Any, preferences: Path, tmp_path: Path) -> None:
+    output = tmp_path / "subset.parquet"
+    rows = [judged("dog", True), judged("cat", False), judged("cow", False)]
+    for number in (2, 1):  # a rerun replaces its predecessor's, too
+        with run_stage(Arguments.parse(words(preferences, output))) as run:
+            output.write_text("result")
+            run.gallery_traces(rows, number)
+    (found,) = store()
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    experiment = found.info.experiment_id
+    (trace,) = client.search_traces(locations=[experiment])
+    of_run = f"attributes.run_id = '{found.info.run_id}' and tags.right = 'false' and tags.confidence = 'high'"
+    assert len(client.search_traces(locations=[experiment], filter_string=of_run)) == 1
+    assert client.search_traces(locations=[experiment], filter_string="tags.right = 'true'") == []
+    root, rollout = trace.data.spans
+    shown = trace.info.tags["image_id"]
+    assert root.inputs["prompt"] == "a <b>cat</b>" and root.outputs["pairs_right"] == "1.5 of 3"
+    assert (
+        rollout.outputs["thinking"] == "<think>it has ears</think>"
+        and rollout.outputs["answer"] == "<answer>1</answer>"
+    )
+    assert rollout.outputs["answer_probabilities"] == {"0": 0.25, "1": 0.75} and rollout.inputs["shown"] == "second"
+    assert {a.name: a.value for a in trace.info.assessments} == {"human_rank": 2.0, "right": False}
+    folder = Path(trace.info.tags["mlflow.artifactLocation"].removeprefix("file://")) / "attachments"
+    attached = {
+        folder / root.inputs[name].removeprefix("mlflow-attachment://").split("?")[0]
+        for name in ("image", "compared_with")
+    }
+    assert {path.read_bytes().decode() for path in attached} == {shown, "dog"} and shown != "dog"
+
+
 def test_a_large_output_is_attached_by_its_digest(
     store: Any, preferences: Path, run_main: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +250,21 @@ def test_a_large_output_is_attached_by_its_digest(
     found = artifacts(store()[0])
     assert output.stat().st_size > 1000 and "subset.parquet" not in found
     assert found["subset.parquet.path.txt"].read_text() == f"{output}\nsha256 {file_digest(output)}\n"
+
+
+def test_runs_and_experiment_say_what_they_are(store: Any, preferences: Path, run_main: Any, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        config = CONFIG.model_copy(update={"seed": seed})
+        run_main("select_subset", config, preferences=preferences, output=tmp_path / f"{seed}.parquet")
+        client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+        experiment = client.get_experiment(store()[0].info.experiment_id)
+        note = experiment.tags["mlflow.note.content"]
+        if seed == 0:
+            assert f"#/experiments/{experiment.experiment_id}/traces" in note
+            client.set_experiment_tag(experiment.experiment_id, "mlflow.note.content", "my own words")
+    assert note == "my own words"
+    told = [run.data.tags["mlflow.note.content"] for run in store()]
+    assert "snakemake --cores all --force 1.parquet" in told[1] and "Select the prompts of a split" in told[1]
 
 
 def test_without_an_address_nothing_is_tracked(

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.command_line import tell_briefly
 from workflow_scripts.configuration import Configuration, ConfigurationError, Tracking, load
 from workflow_scripts.locks import Lock, LockedError
 from workflow_scripts.mlflow_pages import NOTE, instance_name, run_note
@@ -173,6 +174,7 @@ def remind(configuration: Configuration) -> None:
 
 def main() -> None:
     """Run the command."""
+    sys.excepthook = tell_briefly
     redact_output()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = argparse.ArgumentParser(

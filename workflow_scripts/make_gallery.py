@@ -52,15 +52,15 @@ def main() -> None:
         prompts = [row for row in subset if row["position"] < config.prompts]
         wanted = {row["prompt_id"] for row in prompts}
         rollouts = [
-            row
+            rollout
             for path in arguments.rollouts
-            for row in read_table(path, ROLLOUT).to_pylist()
-            if row["prompt_id"] in wanted
+            for rollout in read_table(path, ROLLOUT).to_pylist()
+            if rollout["prompt_id"] in wanted
         ]
         scores: dict[str, dict[str, list[float]]] = {}
-        table = pd.read_parquet(arguments.scores, columns=["prompt_id", "image_id", "k", "soft"])
-        for (prompt, image), group in table[table["prompt_id"].isin(wanted)].groupby(["prompt_id", "image_id"]):
-            scores.setdefault(prompt, {})[image] = group.sort_values("k")["soft"].tolist()
+        table = pd.read_parquet(arguments.scores, columns=["prompt_id", "image_id", "k", "soft"]).sort_values("k")
+        for row in table[table["prompt_id"].isin(wanted)].itertuples():
+            scores.setdefault(row.prompt_id, {}).setdefault(row.image_id, []).append(row.soft)
         shown = {image for row in prompts for image in row["image_ids"]}
         pictures = {
             row["image_id"]: decoded(row["bytes"]) for row in read_images(arguments.images) if row["image_id"] in shown

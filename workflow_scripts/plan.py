@@ -21,6 +21,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from tabulate import tabulate
 
+from workflow_scripts.command_line import tell_briefly
 from workflow_scripts.configuration import Configuration, ConfigurationError, Dataset, Track, Training, load
 from workflow_scripts.planning import artifacts
 from workflow_scripts.planning.architecture import BYTES, Architecture, PlanError
@@ -512,6 +513,7 @@ def comparison(p: Plan) -> str:
 
 def main() -> None:
     """Run the command."""
+    sys.excepthook = tell_briefly
     parser = argparse.ArgumentParser(
         prog="python -m workflow_scripts.plan", description="Say what a configuration costs before it runs."
     )

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences.archives import ArchiveError, iter_images
 from workflow_scripts.preferences.images import UnreadableImageError, decoded
@@ -61,8 +59,7 @@ def main() -> None:
         archives = {checked_raw_file(name, record, arguments.record): names for name, names in wanted.items()}
 
         unreadable: dict[str, str] = {}
-        rows = tqdm(stream_images(archives, unreadable), "images", len(times), mininterval=10)
-        read = write_images(arguments.output, rows)
+        read = write_images(arguments.output, stream_images(archives, unreadable))
         everything = set(times)
         missing = sorted(everything - read - unreadable.keys())
         if 2 * len(read) < len(everything):

@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -147,11 +148,15 @@ def tell_success(configuration: Configuration, since: float) -> None:
         print(f"no summary: {type(error).__name__}: {redacted(str(error))}", file=sys.stderr)
 
 
-def tell_failure(snakemake_log: str | Path) -> None:
-    """Say at the end of a workflow that failed which jobs did and why; whatever goes wrong with that is only said."""
+def tell_failure(logs: Iterable[str]) -> None:
+    """Say at the end of a workflow that failed which jobs did and why; whatever goes wrong with that is only said.
+
+    `logs` are Snakemake's own.
+    """
     try:
         screen = console(sys.stderr)
-        for rule, log in failures(Path(snakemake_log).read_text(encoding="utf-8", errors="replace")):
+        text = "\n".join(Path(path).read_text(encoding="utf-8", errors="replace") for path in logs)
+        for rule, log in failures(text):
             screen.print(f"failed: {rule}", style="bold red", markup=False)
             if log and log.is_file():
                 screen.print(f"  {redacted(last_error(log))}", markup=False, soft_wrap=True)

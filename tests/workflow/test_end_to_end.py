@@ -17,6 +17,7 @@ import pytest
 from checkout import Workflow
 
 from workflow_scripts.log_runs import log_runs
+from workflow_scripts.mlflow_pages import curve_name
 from workflow_scripts.provenance import ROOT, verify
 
 RULES = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk")), re.M))
@@ -240,9 +241,12 @@ def test_training_curves_and_reasoning_traces_are_tracked(jobs: list[dict[str, A
         run_id = job["run"].info.run_id
         if job["rule"] == "train_grpo":
             for name, steps in {
-                "reward": [1, 2, 3, 4],
-                "kl": [1, 2, 3, 4],
-                "eval_soft_pair_accuracy": [0, 2, 4],
+                "train/reward": [1, 2, 3, 4],
+                "train/reward_format": [1, 2, 3, 4],
+                "train/kl": [1, 2, 3, 4],
+                "train/completion_length": [1, 2, 3, 4],
+                "validation/accuracy": [0, 2, 4],
+                "validation/answer_share/1": [0, 2, 4],
             }.items():
                 assert [point.step for point in client.get_metric_history(run_id, name)] == steps
         if job["rule"] == "generate_rollouts":
@@ -250,6 +254,65 @@ def test_training_curves_and_reasoning_traces_are_tracked(jobs: list[dict[str, A
             assert len(traces) == 3
             path = client.download_artifacts(run_id, traces[0].path)
             assert "<answer>" in Path(path).read_text()
+
+
+def traces_of(client: mlflow.MlflowClient, run_id: str, also: str = "") -> list[Any]:
+    """Traces of a run."""
+    experiment = client.get_run(run_id).info.experiment_id
+    return list(client.search_traces(locations=[experiment], filter_string=f"attributes.run_id = '{run_id}'{also}"))
+
+
+def test_galleries_are_of_the_tested_images_and_some_are_traces(jobs: list[dict[str, Any]], workflow: Workflow) -> None:
+    mlflow.set_tracking_uri(workflow.uri)
+    client = mlflow.MlflowClient(workflow.uri)
+    galleries = [job for job in jobs if job["rule"] == "make_gallery"]
+    assert len(galleries) == 5
+    for job in galleries:
+        rows = {(row["prompt_id"], row["image_id"]): row for row in pq.read_table(job["outputs"][0]).to_pylist()}
+        config, run_id = job["sidecar"]["config"], job["run"].info.run_id
+        path = job["outputs"][0].relative_to(workflow.results / "gallery")
+        scores = pd.read_parquet(workflow.results / "scores" / path)
+        prompts = {row["prompt_id"] for row in rows.values()}
+        first = pq.read_table(workflow.results / "datasets" / config["test"] / "test" / "subset.parquet").to_pylist()[
+            :6
+        ]
+        assert prompts == {row["prompt_id"] for row in first}
+        means = scores[scores["prompt_id"].isin(prompts)].groupby(["prompt_id", "image_id"])["soft"].mean()
+        assert {key: row["score"] for key, row in rows.items()} == pytest.approx(means.to_dict())
+        found = traces_of(client, run_id)
+        assert len(found) == 4
+        for trace in found:
+            row = rows[trace.info.tags["prompt_id"], trace.info.tags["image_id"]]
+            expected = {"dataset": config["test"], "track": config["track"], "policy": config["policy"], "seed": "0"}
+            assert expected.items() <= trace.info.tags.items()
+            assert trace.info.tags["right"] == str(row["right"]).lower().replace("none", "unknown")
+            root, *rollouts = trace.data.spans
+            assert root.inputs["prompt"] == row["prompt"] and root.inputs["image"].startswith("mlflow-attachment://")
+            assert root.outputs["score"] == pytest.approx(row["score"])
+            for span, rollout in zip(rollouts, row["rollouts"], strict=True):
+                assert span.outputs["thinking"] + span.outputs["answer"] == rollout["text"]
+                assert list(span.outputs["answer_probabilities"].values()) == pytest.approx(
+                    rollout["answer_probabilities"], abs=1e-4
+                )
+            expectations = {a.name: a.value for a in trace.info.assessments}
+            assert expectations.get("human_rank") == row["human_rank"] and expectations.get("right") == row["right"]
+        wrong = [trace for trace in found if trace.info.tags["right"] == "false"]
+        filtered = traces_of(client, run_id, " and tags.right = 'false'")
+        assert {t.info.trace_id for t in filtered} == {t.info.trace_id for t in wrong}
+
+
+def shown_traces(client: mlflow.MlflowClient, run_id: str) -> list[Any]:
+    """What the traces of a run show, without their ids and times."""
+    return sorted(
+        (
+            trace.info.tags["prompt_id"],
+            trace.info.tags["image_id"],
+            {k: v for k, v in trace.info.tags.items() if "mlflow." not in k},
+            [(span.name, span.outputs) for span in trace.data.spans],
+            sorted((a.name, a.value) for a in trace.info.assessments),
+        )
+        for trace in traces_of(client, run_id)
+    )
 
 
 def content(client: mlflow.MlflowClient, run_id: str, checkout: Path) -> dict[str, Any]:
@@ -261,6 +324,7 @@ def content(client: mlflow.MlflowClient, run_id: str, checkout: Path) -> dict[st
         # The fixture has every job say what it imports; what it imports last is said after the live run took the log.
         files[name] = b"".join(line for line in files[name].splitlines(True) if not line.startswith(b"import time:"))
     tags = {name: value for name, value in run.data.tags.items() if name not in ("process", "upstream_runs")}
+    tags["mlflow.note.content"] = re.sub(r"#/experiments/\d+/runs/\w+", "link", tags["mlflow.note.content"])
     return {
         "name": run.info.run_name,
         "status": run.info.status,
@@ -314,8 +378,8 @@ def test_runs_logged_afterwards_are_as_the_live_ones_were(
         if before[path]["stage"] == "train_grpo":
             # Speeds and the trainer's summary are in no file; all curves that are in training.json are there.
             history = json.loads((path.parent / "training.json").read_text())["history"]
-            curves = {name for entry in history for name in entry} - {"step"}
-            assert {"reward", "kl", "loss", "eval_soft_pair_accuracy"} <= curves
+            curves = {curve_name(name) for entry in history for name in entry if name != "step"}
+            assert {"train/reward", "train/kl", "train/loss", "validation/accuracy"} <= curves
             for name in curves:
                 points = [
                     {(point.step, point.value) for point in client.get_metric_history(number, name)}
@@ -325,6 +389,15 @@ def test_runs_logged_afterwards_are_as_the_live_ones_were(
             one["metrics"] = {name: value for name, value in one["metrics"].items() if name in other["metrics"]}
             assert curves | before[path]["metrics"].keys() <= one["metrics"].keys()
         assert one == other
+        if before[path]["stage"] == "make_gallery":
+            mlflow.set_tracking_uri(workflow.uri)
+            shown = shown_traces(live, run_id)
+            mlflow.set_tracking_uri(store)
+            assert shown == shown_traces(later, new_id[run_id]) != []
+        if before[path]["stage"] == "make_tables":
+            note = live.get_run(run_id).data.tags["mlflow.note.content"]
+            assert all(f"/runs/{upstream})" in note for upstream in before[path]["upstream_runs"])
+            assert "Table 1" in note and f"{pd.read_csv(path.parent / 'table1.csv')['mean@1'][0]:.1f} [" in note
         (sidecar,) = [f for f in later.list_artifacts(new_id[run_id]) if f.path.endswith(".provenance.json")]
         assert json.loads(Path(later.download_artifacts(new_id[run_id], sidecar.path)).read_text()) == after[path]
     assert "Nothing to be done" in copy.snakemake("-n")

@@ -128,6 +128,7 @@ TARGETS = {
     "train_grpo": f"{RESULTS}/policies/imagereward/seed0/adapter_model.safetensors",
     "generate_rollouts": f"{RESULTS}/rollouts/imagereward/grpo/seed0/imagereward/0000-0000.parquet",
     "score_rollouts": f"{RESULTS}/scores/imagereward/grpo/seed0/imagereward.parquet",
+    "make_gallery": f"{RESULTS}/gallery/imagereward/grpo/seed0/imagereward.parquet",
     "measure_accuracy": f"{RESULTS}/accuracy/imagereward/grpo/seed0/imagereward.json",
     "make_tables": f"{RESULTS}/table1.csv",
 }

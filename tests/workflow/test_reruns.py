@@ -95,6 +95,8 @@ def test_named_keys_rerun_what_was_promised(by_key: dict[str, dict[str, str]]) -
             only(cells, measure_accuracy="all", make_tables="all", make_report="all")
         if key == "rollouts.blocks":
             only(cells, generate_rollouts="+8", **dict.fromkeys(SCORING, "all"))
+        if section == "report":
+            only(cells, make_gallery="all", make_report="all")
         if section == "scoring":
             assert set(cells) <= SCORING, key
         if section in ("tracking", "resources"):
@@ -152,7 +154,7 @@ def test_a_changed_key_reruns_what_uses_it(
 def test_named_modules_rerun_what_was_promised(by_module: dict[str, dict[str, str]]) -> None:
     for module, cells in by_module.items():
         if module.startswith("scoring.") and module != "scoring.pair_accuracy":
-            assert cells and set(cells) <= SCORING, module
+            assert cells and set(cells) <= {*SCORING, "make_gallery"}, module
         if module in WITHOUT_EFFECT or module in ("rerun_matrix", "configuration_reference"):
             assert cells == {}, module
     assert set(by_module["rewards"]) == TRAINING
