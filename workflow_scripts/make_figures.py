@@ -166,17 +166,17 @@ class Statistics:
 
     def head(self, track: str, policy: str, test: str) -> dict[str, str]:
         """First columns of most tables."""
-        case = f"{self.titles[track]} ({self.config.tracks[track]})"  # type: ignore[index]
+        case = f"{self.titles[track]} ({self.config.tracks[track]})"
         case += "" if track == test else f" on {self.tests[test]}"
         return {"case": case, "track": track, "test": test, "policy": policy}
 
     def pairwise(self, track: str) -> bool:
         """Whether a track's policies compare pairs."""
-        return self.config.tracks[track] == "pairwise"  # type: ignore[index]
+        return self.config.tracks[track] == "pairwise"
 
     def neutral(self, track: str) -> float:
         """The score of a track's policies that prefers nothing."""
-        return NEUTRAL[self.config.tracks[track]]  # type: ignore[index]
+        return NEUTRAL[self.config.tracks[track]]
 
     def curve(self, key: tuple[str, str, str], method: str, k: int, tie: str) -> dict[str, float]:
         """Accuracy at Mean@k with its interval."""

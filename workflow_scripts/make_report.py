@@ -437,8 +437,7 @@ def content(arguments: Arguments, sidecars: dict[str, Any]) -> tuple[dict[str, A
         f"human preferences before and after GRPO, {', '.join(f'Mean@{k}' for k in config.report_k)}.",
         "notes": notes,
         "reading": f"Accuracy in %, {config.confidence:.0%} bootstrap interval over prompts. “Labels” are the "
-        "annotators' "
-        "judgements"
+        "annotators' judgements"
         + (
             "; the noise-free order is known only in a synthetic world, and the ceiling is the accuracy of that order."
             if synthetic

@@ -416,7 +416,7 @@ class RankOwnImages(StageConfig):
 class MakeFigures(StageConfig):
     """Config of `make_figures`."""
 
-    tracks: dict[Track, Protocol]
+    tracks: dict[str, Protocol]
     missing_answer: Literal["wrong", "neutral", "dropped"]
     bootstrap: Bootstrap
     own_title: str | None = Field(default=None, exclude_if=lambda title: title is None)
