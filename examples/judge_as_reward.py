@@ -1,6 +1,6 @@
 """Train a small text-to-image generator with a judge as its reward: no files, only images in memory.
 
-python examples/judge_as_reward.py results/policies/imagereward/seed0     # from the repository's folder
+python -m examples.judge_as_reward results/policies/imagereward/seed0     # from the repository's folder
 
 The generator draws two groups of shapes in a quality that it chooses; which quality is better it learns from the judge
 alone, by the group-relative policy gradient that trained the judge itself. Put a diffusion model in its place.
@@ -41,7 +41,8 @@ def main() -> None:
         gradient = advantages @ (np.eye(len(QUALITIES))[chosen] - probabilities) / len(chosen)
         preference += LEARNING_RATE * gradient
         print(
-            f"step {step}: mean score {rewards.mean():.3f}", dict(zip(QUALITIES, probabilities.round(2), strict=True))
+            f"step {step}: mean score {rewards.mean():.3f}",
+            dict(zip(QUALITIES, probabilities.round(2).tolist(), strict=True)),
         )
 
 

@@ -35,7 +35,6 @@ from workflow_scripts.configuration import (
     TrainingVllm,
 )
 from workflow_scripts.provenance import ROOT, canonical_json
-from workflow_scripts.ranking.listing import listed
 
 VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}  # HPDv2 has no such split
 
@@ -605,6 +604,8 @@ def ranked_images(c: Configuration) -> list[str]:
     """The user's table and the images to rank that are there; none where nothing is to be ranked."""
     if not c.ranking.images:
         return []
+    from workflow_scripts.ranking.listing import listed  # here, so that no stage loads it
+
     given = ROOT / c.ranking.images
     paths = {one.path for one in listed(given, c.ranking.prompt)}
     return _from_here([*([given] if given.is_file() else []), *sorted(path for path in paths if path.is_file())])
