@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from workflow_scripts import provenance, traces
+from workflow_scripts import provenance
 from workflow_scripts.command_line import StageArguments
 from workflow_scripts.locks import Lock
 from workflow_scripts.mlflow_pages import (
@@ -97,6 +97,8 @@ class Run:
 
     def gallery_traces(self, rows: list[dict[str, Any]], number: int) -> None:
         """Log so many images of a gallery (rows of `reporting.gallery.GALLERY`) as traces of this run."""
+        from workflow_scripts import traces  # other stages need nothing of what it imports
+
         anchors = {row["prompt_id"]: row for row in rows if row["anchor"]}
         for row in traces.sampled(rows, number):
             with self._sending("a trace") as client:
