@@ -212,7 +212,7 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
 def instances(c: Configuration) -> Iterator[stages.StageConfig]:
     """The configuration of stages for every track, data set, split, policy."""
     yield from (stages.ColdStartPolicy.of(c), stages.PrepareBasePolicy.of(c), stages.MakeTables.of(c))
-    yield stages.RecordOwnData.of(c)
+    yield from (stages.RecordOwnData.of(c), stages.RankOwnImages.of(c))
     for dataset in get_args(Dataset):
         if dataset != "own":
             yield from (stages.SynthesizeDataset.of(c, dataset), stages.DownloadDataset.of(c, dataset))

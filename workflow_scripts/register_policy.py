@@ -115,7 +115,7 @@ def _log_model(folder: Path, sidecar: dict[str, Any], name: str, run: str) -> st
             run_id=run,
             registered_model_name=name,
             await_registration_for=60,
-            python_model=str(ROOT / PACKAGE / "ranking" / "served_policy.py"),
+            python_model=str(ROOT / PACKAGE / "served_policy.py"),
             artifacts={"policies": str(policies)},
             model_config={"policy": f"{track}/seed{seed}", "base": None if inside else str(base.resolve())},
             code_paths=[str(ROOT / PACKAGE)],
