@@ -18,6 +18,7 @@ TABLES = [
     ("`datasets/{dataset}/{split}/images-*.parquet`", "preferences/schema.py", "IMAGES"),
     ("`rollouts/{track}/{policy}/seed{seed}/{test}/{shard}-{block}.parquet`", "rollouts/record.py", "ROLLOUT"),
     ("`scores/{track}/{policy}/seed{seed}/{test}.parquet`", "score_rollouts.py", "SCORE"),
+    ("`gallery/{track}/{policy}/seed{seed}/{test}.parquet`", "reporting/gallery.py", "GALLERY"),
 ]
 
 
