@@ -208,7 +208,7 @@ def finished_parts(store: Path) -> int:
 
 
 def test_a_killed_ranking_goes_on(policy_folders: Path, judge_of: Callable[..., Judge], tmp_path: Path) -> None:
-    folder = dots(tmp_path / "dots", 60)
+    folder = dots(tmp_path / "dots", 40)
     killed, whole = outputs_in(tmp_path / "killed"), outputs_in(tmp_path / "whole")
     killed.table.parent.mkdir()
     command = [sys.executable, "-m", "workflow_scripts.rank_images", "--prompt", "a red circle", str(folder)]
@@ -223,14 +223,14 @@ def test_a_killed_ranking_goes_on(policy_folders: Path, judge_of: Callable[..., 
         process.send_signal(signal.SIGKILL)
         said = process.communicate()
     kept = finished_parts(killed.unfinished)
-    assert process.returncode == -signal.SIGKILL and 3 <= kept < 15 and not killed.table.exists(), said
+    assert process.returncode == -signal.SIGKILL and 3 <= kept < 10 and not killed.table.exists(), said
     images = listed_files([folder], "a red circle")
     with counted(judge_of("hpsv2", k=2, batch=4)) as (judge, asked):
         rank_files(judge, images, killed)
-        assert len(asked) == 15 - kept and sum(asked) <= 4 * len(asked)
+        assert len(asked) == 10 - kept and sum(asked) <= 4 * len(asked)
         asked.clear()
         rank_files(judge, images[::-1], whole)
-        assert len(asked) == 15 and sum(asked) == 59
+        assert len(asked) == 10 and sum(asked) == 39
     for name in whole._fields:
         assert getattr(killed, name).read_bytes() == getattr(whole, name).read_bytes(), name
     assert not killed.unfinished.exists()
