@@ -213,6 +213,7 @@ def instances(c: Configuration) -> Iterator[stages.StageConfig]:
     """The configuration of stages for every track, data set, split, policy."""
     yield from (stages.ColdStartPolicy.of(c), stages.PrepareBasePolicy.of(c), stages.MakeTables.of(c))
     yield from (stages.RecordOwnData.of(c), stages.RankOwnImages.of(c))
+    yield from (stages.MakeFigures.of(c), stages.MakeReport.of(c))
     for dataset in get_args(Dataset):
         if dataset != "own":
             yield from (stages.SynthesizeDataset.of(c, dataset), stages.DownloadDataset.of(c, dataset))
@@ -228,6 +229,7 @@ def instances(c: Configuration) -> Iterator[stages.StageConfig]:
             yield stages.GenerateRollouts.of(c, track, policy, test, 3, 1, 2)  # type: ignore[arg-type]
             yield stages.ScoreRollouts.of(c, track, policy, test, 3)  # type: ignore[arg-type]
             yield stages.MeasureAccuracy.of(c, track, policy, test, 3)  # type: ignore[arg-type]
+            yield stages.MakeGallery.of(c, track, policy, test, 3)  # type: ignore[arg-type]
 
 
 def types(value: Any) -> Any:
@@ -259,8 +261,8 @@ def test_a_key_changes_the_stages_that_use_it_and_no_others() -> None:
         pairs = zip(instances(load({})), instances(load(raw)), strict=True)
         return {type(a).__name__ for a, b in pairs if a.canonical() != b.canonical()}
 
-    assert changed({"scoring": {"report_k": [1, 2]}}) == {"MeasureAccuracy", "MakeTables"}
-    assert changed({"scoring": {"bootstrap": {"seed": 1}}}) == {"MeasureAccuracy", "MakeTables"}
+    assert changed({"scoring": {"report_k": [1, 2]}}) == {"MeasureAccuracy", "MakeTables", "MakeReport"}
+    assert changed({"scoring": {"bootstrap": {"seed": 1}}}) == {"MeasureAccuracy", "MakeTables", "MakeFigures"}
     assert changed({"rollouts": {"sampling": {"temperature": 0.5}}}) == {"GenerateRollouts"}
     assert changed({"rollouts": {"blocks": 2}}) == set()  # more files, and the others stay
     assert changed({"training": {"hpsv2": {"beta": 0}}}) == {"TrainGrpo"}
