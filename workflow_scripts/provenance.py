@@ -196,6 +196,11 @@ def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
     return str(record["sha256"])
 
 
+def raw_folder(record: dict[str, Any], recorded_in: Path) -> Path:
+    """Folder of a data set's raw files: that of its record (dataset.json), unless it names another."""
+    return recorded_in.parent / record.get("folder", "")
+
+
 def checked_raw_file(name: str, record: dict[str, Any], recorded_in: Path) -> Path:
     """Path of a data set's raw file, unchanged since its record (dataset.json) was written.
 
@@ -204,7 +209,7 @@ def checked_raw_file(name: str, record: dict[str, Any], recorded_in: Path) -> Pa
     Raises:
         ProvenanceError: it is missing or has changed.
     """
-    path = recorded_in.parent / record.get("folder", "") / name
+    path = raw_folder(record, recorded_in) / name
     try:
         check_file(path, record["files"][name], recorded_in)
     except ProvenanceError:

@@ -13,7 +13,7 @@ from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences import hpdv2, imagereward, own_data
 from workflow_scripts.preferences.schema import write_preferences
 from workflow_scripts.preferences.subsampling import normalised
-from workflow_scripts.provenance import checked_raw_file
+from workflow_scripts.provenance import checked_raw_file, raw_folder
 from workflow_scripts.published import PUBLISHED, differences
 from workflow_scripts.stage_configuration import ReadAnnotations
 from workflow_scripts.tracking import run_stage
@@ -36,7 +36,7 @@ def main() -> None:
     with run_stage(arguments) as run:
         dataset, split = arguments.config.dataset, arguments.config.split
         record = json.loads(arguments.record.read_text(encoding="utf-8"))
-        files, folder = record["files"], arguments.record.parent / record.get("folder", "")
+        files, folder = record["files"], raw_folder(record, arguments.record)
         if dataset == "imagereward":
             name, rows = imagereward.annotation_file(split), imagereward.read_preferences(folder, split, files)
         elif dataset == "own":
