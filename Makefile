@@ -79,7 +79,7 @@ ui: setup ## browse runs, metrics and artifacts at http://127.0.0.1:5000 (PORT=.
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) $(OPTIONS)
 
 test: lint ## format, lint and type checks, then the tests with the workflow end to end
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(OPTIONS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
 test-slow: setup ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(OPTIONS)

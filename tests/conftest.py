@@ -24,10 +24,26 @@ os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the che
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process of `pytest -n`, and so all that share a whole run of the workflow."""
-    for item in items:
-        folder, name = item.path.parent.name, item.path.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "workflow" else name))
+    """Begin with the tests that take longest, so that the processes of `pytest --numprocesses` end together."""
+    items.sort(key=lambda item: item.path.parent.name not in ("workflow", "engines"))
+
+
+@pytest.hookimpl(optionalhook=True)  # the environment of vLLM has no pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file's tests in one process, and all of tests/workflow, which share a whole run of the workflow."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/workflow" if nodeid.startswith("tests/workflow/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def store_of_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the store that a test sets end with it: MLflow writes it into the environment."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI", ""))
 
 
 @pytest.fixture(scope="session")

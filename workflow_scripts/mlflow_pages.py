@@ -96,7 +96,7 @@ def run_note(record: dict[str, Any], output: Path, inputs: dict[str, Any], exper
         experiment_id: of the runs that are linked.
     """
     made_by = defaultdict(list)
-    for path, job in inputs.items():
+    for path, job in sorted(inputs.items()):  # a live run and one logged afterwards say the same
         # An input of the user's own has no stage.
         name, run_id = (
             (instance_name(job), job["mlflow_run_id"]) if job and "stage" in job else ("made elsewhere", None)

@@ -66,10 +66,10 @@ def log_trace(client: Any, experiment_id: str, run_id: str, row: dict[str, Any],
             span_type=SpanType.LLM,
             inputs={"prompt": row["prompt"], "image": row["image_id"], **order},
         )
-        thinking, _, answer = rollout["text"].partition(CLOSE_THINKING)
+        thinking, close, answer = rollout["text"].partition(CLOSE_THINKING)
         chances = zip(answers, rollout["answer_probabilities"], strict=True)
         outputs = {
-            "thinking": thinking + CLOSE_THINKING,
+            "thinking": thinking + close,
             "answer": answer,
             "answer_probabilities": {str(number): round(chance, 4) for number, chance in chances},
             "soft_score": rollout["soft"],
