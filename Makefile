@@ -75,7 +75,8 @@ hub-demo: setup ## data and policy from a Hub on this machine, which serves smal
 	$(BIN)/python -m tests.engines.hub_server $(BIN)/snakemake --cores all \
 	    --configfile configs/test.yaml configs/hub_demo.yaml $(OPTIONS)
 
-ui: setup ## browse runs, metrics and artifacts at http://127.0.0.1:5000 (PORT=...)
+ui: setup ## browse runs, metrics, artifacts and traces (PORT=...)
+	@echo "look at http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) $(OPTIONS)
 
 test: lint ## format, lint and type checks, then the tests with the workflow end to end

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences.archives import ArchiveError, iter_images
 from workflow_scripts.preferences.images import UnreadableImageError, decoded
@@ -59,7 +61,8 @@ def main() -> None:
         archives = {checked_raw_file(name, record, arguments.record): names for name, names in wanted.items()}
 
         unreadable: dict[str, str] = {}
-        read = write_images(arguments.output, stream_images(archives, unreadable))
+        rows = tqdm(stream_images(archives, unreadable), "reading images", len(times), unit="image", mininterval=10)
+        read = write_images(arguments.output, rows)
         everything = set(times)
         missing = sorted(everything - read - unreadable.keys())
         if 2 * len(read) < len(everything):

@@ -28,6 +28,8 @@ from workflow_scripts.provenance import read_sidecar, sidecars
 from workflow_scripts.redaction import redacted
 
 ERROR_LINE = re.compile(r"^(error: |wrong arguments|[\w.]*(Error|Exception|Interrupt)\b)")
+# Without the end of this address a new browser shows MLflow's menu for generative AI, without runs.
+RUNS_PAGE = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 COLUMNS = {
     "table1": ["training_data", "test_data", "against", "seed"],
     "table2": ["method", "against", "seed"],
@@ -72,7 +74,7 @@ def look_at_runs(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         return f"{redacted(uri)}: every job as a run, traces of the reasoning"
     command = ["mlflow", "ui", "--host", "127.0.0.1", "--backend-store-uri", redacted(uri)]
-    return f"{shlex.join(command)}: every job as a run, traces of the reasoning, at http://127.0.0.1:5000"
+    return f"{shlex.join(command)}: every job as a run, traces of the reasoning, at {RUNS_PAGE}"
 
 
 def stages_table(made: list[dict[str, Any]], screen: Console) -> Table:
