@@ -108,6 +108,8 @@ def _log_model(folder: Path, sidecar: dict[str, Any], name: str, run: str) -> st
             (policies / "base" / "model").mkdir()
             for file in files:
                 shutil.copy2(base / file, policies / "base" / "model" / file)
+        else:
+            (policies / "base" / "path.txt").write_text(str(base.resolve()), encoding="utf-8")
         logged = Model.log(
             artifact_path=None,
             name=name,
@@ -117,7 +119,6 @@ def _log_model(folder: Path, sidecar: dict[str, Any], name: str, run: str) -> st
             await_registration_for=60,
             python_model=str(ROOT / PACKAGE / "served_policy.py"),
             artifacts={"policies": str(policies)},
-            model_config={"policy": f"{track}/seed{seed}", "base": None if inside else str(base.resolve())},
             code_paths=[str(ROOT / PACKAGE)],
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in NEEDED],
             signature=ModelSignature(

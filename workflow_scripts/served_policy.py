@@ -23,9 +23,11 @@ class ServedPolicy(PythonModel):
         """Load policy and adapter."""
         from workflow_scripts.ranking.judge import Judge
 
-        settings = context.model_config
         policies = Path(context.artifacts["policies"])
-        self.judge = Judge.load(policies / settings["policy"], base=settings.get("base") or policies / "base" / "model")
+        (adapter,) = policies.glob("*/seed*")
+        elsewhere = policies / "base" / "path.txt"
+        base = Path(elsewhere.read_text(encoding="utf-8")) if elsewhere.is_file() else policies / "base" / "model"
+        self.judge = Judge.load(adapter, base=base)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

@@ -324,7 +324,7 @@ def small_disk(workflow: Workflow, tmp_path: Path) -> Iterator[Checkout]:
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
     shutil.copytree(aside, checkout.results, dirs_exist_ok=True)
-    remove_results_of(checkout, "make_tables", "measure_accuracy")
+    remove_results_of(checkout, "make_report", "make_figures", "make_tables", "measure_accuracy")
     yield checkout
     checkout.wait_for_orphans()
     subprocess.run(["umount", str(checkout.results)], check=True)
