@@ -586,7 +586,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(
     for folder, resumed_from in ((undisturbed, None), (killed, 2)):
         client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
         (run,) = client.search_runs(["1"], "attributes.status = 'FINISHED'")
-        assert [point.step for point in client.get_metric_history(run.info.run_id, "reward")] == list(range(1, 7))
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "train/reward")] == list(range(1, 7))
         assert run.data.metrics.get("resumed_from_step") == resumed_from
     history = json.loads((killed / "training.json").read_text())["history"]
     assert [entry["step"] for entry in history if "reward" in entry] == [1, 2, 3, 4, 5, 6]
