@@ -1,0 +1,129 @@
+"""Contests: the same work done by several contestants in turn, in one run on one machine, and what it cost each."""
+
+import csv
+import gc
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+ROUNDS = 5
+RESULTS = Path(__file__).parent / "results"
+
+
+class Cost(NamedTuple):
+    """What one piece of work took: seconds of the clock and of the processor, all threads together."""
+
+    wall: float
+    cpu: float
+
+
+class ProcessCost(NamedTuple):
+    """What one process and those that it waited for took; peak memory in MB is that of the largest of them."""
+
+    wall: float
+    cpu: float
+    peak_megabytes: float
+
+
+def cost(work: Callable[[], object]) -> Cost:
+    """Cost of calling `work` in this process; garbage of the work before is collected first."""
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def process_cost(command: list[str], **options: Any) -> ProcessCost:
+    """Cost of a command from its start to its end.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    wall = time.perf_counter()
+    process = subprocess.Popen(command, **options)
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - wall
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    scale = 1e6 if sys.platform == "darwin" else 1e3
+    return ProcessCost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / scale)
+
+
+def contest(contestants: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Let contestants do the same work in turn, once to warm up, then `rounds` times, in alternating order.
+
+    Returns a row for each: medians of wall and CPU seconds, and the `speedup` in CPU seconds and in time over the
+    first contestant: the median over rounds of the ratio within a round, which a change of the machine's load from
+    one round to the next leaves alone.
+    """
+    for work in contestants.values():
+        work()
+    costs: dict[str, list[Cost]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            costs[name].append(cost(contestants[name]))
+    return summarised(costs)
+
+
+def summarised(costs: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Rows of a contest from the costs of each contestant, round by round."""
+    first = next(iter(costs.values()))
+    return [
+        {
+            "contestant": name,
+            "wall_seconds": round(statistics.median(c.wall for c in own), 4),
+            "cpu_seconds": round(statistics.median(c.cpu for c in own), 4),
+            "speedup_wall": round(statistics.median(a.wall / b.wall for a, b in zip(first, own, strict=True)), 2),
+            "speedup_cpu": round(statistics.median(a.cpu / b.cpu for a, b in zip(first, own, strict=True)), 2),
+            "rounds": len(own),
+        }
+        for name, own in costs.items()
+    ]
+
+
+def machine() -> dict[str, str]:
+    """What the numbers depend on: processor, cores, memory, versions."""
+    import numpy
+    import pyarrow
+    import torch
+    import transformers
+    import trl
+
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "processor": model,
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": str(psutil.cpu_count(logical=True)),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, transformers, trl, numpy, pyarrow)},
+    }
+
+
+def peak_megabytes() -> float:
+    """Peak memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def write_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write the rows of a benchmark to results/<name>.csv, which docs/performance.md is made from."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
