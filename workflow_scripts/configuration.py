@@ -330,11 +330,13 @@ class Training(Section):
     """Updates on each batch of rollouts; with 1 the ratio is 1 and the clip idle."""
     gradient_checkpointing: bool = False
     """Trade time for memory; for large models."""
-    # This and the next are left out of the canonical JSON at their default, which is as it was before they came.
-    generation: Literal["transformers", "vllm_colocate", "vllm_server"] = Field(
-        "transformers", exclude_if=lambda generation: generation == "transformers"
-    )
-    """What generates in training: transformers, vLLM on the same GPU, or a vLLM server on others."""
+    generation: Literal["transformers", "trl", "vllm_colocate", "vllm_server"] = "transformers"
+    """What generates in training: the transformers engine of the rollouts, TRL's own loop (of fsdp always), vLLM on
+    the same GPU, or a vLLM server on others."""
+    share_prompts: bool = True
+    """Qwen2-VL and Qwen2.5-VL: compute each prompt and image once for its group in the passes over completions; TRL's
+    plain passes if false."""
+    # Left out of the canonical JSON at its default.
     vllm: TrainingVllm = Field(TrainingVllm(), exclude_if=lambda vllm: vllm == TrainingVllm())
     lora: Lora = Lora()
     validate_every: int = Field(20, ge=1)
@@ -645,7 +647,7 @@ class Configuration(Section):
         for track in self.tracks:
             t: Training = getattr(self.training, track)
             part = t.prompts_per_step * t.group_size // t.gradient_accumulation
-            if t.generation != "transformers" and self.policy.device == "cpu":
+            if t.generation.startswith("vllm") and self.policy.device == "cpu":
                 raise ValueError(
                     f"training.{track}.generation {t.generation} is for a GPU but policy.device is cpu; set it to "
                     "transformers"

@@ -16,6 +16,7 @@ With `distributed` in the configuration it is started by torchrun, once in each 
 torchrun --standalone --nproc-per-node 2 -m workflow_scripts.train_grpo …
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -23,7 +24,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
@@ -41,11 +43,13 @@ from workflow_scripts.configuration import Sampling, Training
 from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import ANSWERS, messages
+from workflow_scripts.policy.shared_prompts import share_prompts
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, check_schema, read_table
 from workflow_scripts.provenance import replacing, write_json
 from workflow_scripts.rewards import approximate_reward, exact_reward, format_reward
 from workflow_scripts.rollouts.context import too_long
+from workflow_scripts.rollouts.decoding import sample_completions
 from workflow_scripts.rollouts.items import Item, stable_random
 from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.scoring.pair_accuracy import expected_answer, pair_accuracy
@@ -286,8 +290,8 @@ def grpo_config(config: TrainGrpo, folder: Path, resumed: bool) -> GRPOConfig:
 
 
 def generation_settings(t: Training) -> dict[str, Any]:
-    """TRL's settings for who generates: none for transformers, its default."""
-    if t.generation == "transformers":
+    """TRL's settings for vLLM."""
+    if not t.generation.startswith("vllm"):
         return {}
     if t.generation == "vllm_server":
         return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": t.vllm.server_url}
@@ -306,11 +310,66 @@ def check_generation(config: TrainGrpo) -> None:
         PolicyError: vLLM is not in this environment.
     """
     generation = config.training.generation
-    if generation != "transformers" and importlib.util.find_spec("vllm") is None:
+    if generation.startswith("vllm") and importlib.util.find_spec("vllm") is None:
         raise PolicyError(
             f"training.{config.track}.generation is {generation}, but there is no vLLM in {sys.prefix}; set "
             "vllm_python to the interpreter of an environment with it (docs/vllm.md), or generation to transformers"
         )
+
+
+@contextlib.contextmanager
+def merged(model: Any) -> Iterator[None]:
+    """Merge the adapter for the time being; afterwards the weights are the same to the last bit."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+        for layer, weight in zip(layers, before, strict=True):
+            layer.get_base_layer().weight.data.copy_(weight)
+
+
+def completions_by_engine(processor: Any, sampling: Sampling, t: Training, dtype: str) -> Callable[..., Any]:
+    """TRL's hook for who generates: each prompt prefilled once for its group, finished completions dropped.
+
+    As in `load_policy`, the adapter is merged in float32 alone: shorter types would round the weights.
+    """
+    # A completion with the token of an image would be one image more in the passes that follow.
+    placeholders = [processor.image_token_id]
+
+    def rollout(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
+        """Completions of conversations, which TRL repeats `group_size` times each."""
+        once = prompts[:: t.group_size]
+        parts = [[part for message in prompt for part in message["content"]] for prompt in once]
+        inputs = processor(
+            text=processor.apply_chat_template(once, add_generation_prompt=True, tokenize=False),
+            images=[[part["image"] for part in own if part["type"] == "image"] for own in parts],
+            padding=True,
+            add_special_tokens=False,  # the chat template has them
+            return_tensors="pt",
+        )
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model.eval()
+        with merged(model) if dtype == "float32" else contextlib.nullcontext():
+            completions = sample_completions(
+                model,
+                inputs.to(model.device),
+                t.group_size,
+                sampling,
+                t.max_completion_tokens,
+                trainer.eos_token_ids,
+                placeholders,
+            )
+        model.train()
+        asked = [
+            ids[mask == 1].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        prompt_ids = [ids for ids in asked for _ in range(t.group_size)]
+        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+
+    return rollout
 
 
 def served_folder(base: Path, processor: Any, folder: Path) -> Path:
@@ -444,6 +503,10 @@ def main() -> None:
             target_modules=t.lora.target_modules,
             task_type="CAUSAL_LM",
         )
+        if t.share_prompts:
+            share_prompts(base)
+        # All processes of fsdp have to pass through the model together, in TRL's loop.
+        own_loop = t.generation == "transformers" and strategy != "fsdp"
         table = datasets.Dataset.from_dict({"item": list(range(len(items)))}).with_transform(example)
         curves = CurvesToRun(run)
         trainer = ValidatingTrainer(
@@ -455,6 +518,7 @@ def main() -> None:
             eval_dataset=table.select([0]),  # asked for by the trainer; `validate` brings its own items
             peft_config=lora,
             callbacks=[curves],
+            rollout_func=completions_by_engine(processor, sampling, t, config.model.dtype) if own_loop else None,
         )
         trainer.add_callback(InEffect(trainer, strategy))
         trainer.validate = validate

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from workflow_scripts.configuration import Sampling
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
+from workflow_scripts.rollouts.decoding import Decoding, closed_up, draw, warpers_of
 from workflow_scripts.rollouts.items import Item, stable_random
 
 
@@ -58,35 +58,25 @@ def generate(
             yield item.columns() | {"k": first_k + row % rollouts, "seed": batch_seed} | completion
 
 
-@torch.no_grad()
 def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed: int) -> list[dict[str, Any]]:
     """Sample `rollouts` completions of each prompt of a batch.
 
     A row thinks until it opens its answer; the logits before the first token there that is not white space are
     recorded. A row that ends, or uses up its thinking budget, before that is made to open its answer.
     """
-    model: Any = policy.model
     tokenizer = policy.tokenizer
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = model.generation_config.eos_token_id
+    device = policy.model.device
+    ends: Any = policy.model.generation_config.eos_token_id  # type: ignore[union-attr]
     end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     closing = tokenizer.encode(CLOSE_THINKING + OPEN_ANSWER, add_special_tokens=False)
     opening = tokenizer.encode(OPEN_ANSWER, add_special_tokens=False)
-    answer_ids = torch.tensor(policy.answer_token_ids, device=model.device)
-    generator = torch.Generator(model.device).manual_seed(seed % 2**63)
-    warpers = _warpers(sampling)
+    answer_ids = torch.tensor(policy.answer_token_ids, device=device)
+    generator = torch.Generator(device).manual_seed(seed % 2**63)
+    warpers = warpers_of(sampling)
     pieces: dict[int, str] = {}
 
-    # The model's own positions, as in its `generate`: (rows, tokens), or one such plane for each axis of a 3D rotation.
-    prefilled = inner._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
-    out = model(**inputs, position_ids=prefilled, use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(rollouts)
-    mask = inputs["attention_mask"].repeat_interleave(rollouts, 0)
-    positions = (prefilled[..., -1:] + 1).repeat_interleave(rollouts, -2)
-    logits = out.logits[:, -1].float().repeat_interleave(rollouts, 0)
-
-    count = len(logits)
+    decoding = Decoding(policy.model, inputs, rollouts)
+    count = len(decoding.logits)
     alive = list(range(count))
     ids: list[list[int]] = [[] for _ in range(count)]
     text = [""] * count
@@ -100,10 +90,10 @@ def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed
     while True:
         asked = [j for j, row in enumerate(alive) if waiting[row]]
         if asked:
-            restricted = logits[asked][:, answer_ids].double().log_softmax(-1).tolist()
+            restricted = decoding.logits[asked][:, answer_ids].double().log_softmax(-1).tolist()
             for j, values in zip(asked, restricted, strict=True):
                 logprobs[alive[j]], position[alive[j]] = values, len(ids[alive[j]])
-        drawn = _draw(logits, warpers, sampling, generator).tolist()
+        drawn = draw(decoding.logits, warpers, sampling.temperature, generator)
         keep = []
         for j, row in enumerate(alive):
             token = drawn[j]
@@ -130,20 +120,9 @@ def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed
                 keep.append(j)
         if not keep:
             break
-        if len(keep) < len(alive):
-            index = torch.tensor(keep, device=model.device)
-            cache.batch_select_indices(index)
-            mask, positions = mask[index], positions[..., index, :]
-            alive = [alive[j] for j in keep]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        out = model(
-            input_ids=torch.tensor([[drawn[j]] for j in keep], device=model.device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits, positions = out.logits[:, -1].float(), positions + 1
+        keep = closed_up(keep)
+        alive = [alive[j] for j in keep]
+        decoding.step(keep, [drawn[j] for j in keep])
 
     texts = tokenizer.batch_decode(ids, skip_special_tokens=False)
     return [
@@ -157,24 +136,3 @@ def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed
         }
         for row in range(count)
     ]
-
-
-def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if sampling.temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers
-
-
-def _draw(
-    logits: torch.Tensor, warpers: LogitsProcessorList, sampling: Sampling, generator: torch.Generator
-) -> torch.Tensor:
-    """Next token of each row: (rows, vocabulary) -> (rows,)."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    no_tokens: Any = torch.empty(len(logits), 0)  # none of the warpers reads the tokens so far
-    return torch.multinomial(warpers(no_tokens, logits).softmax(-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,147 @@
+"""Passes that share prompts against the model's own."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
+from workflow_scripts.configuration import Configuration
+from workflow_scripts.policy.loading import load_model, load_processor
+from workflow_scripts.policy.prompts import messages
+from workflow_scripts.policy.shared_prompts import SharedPrompts, first_equal, share_prompts, shared_prefix
+from workflow_scripts.stage_configuration import ModelConfig
+
+LORA = {"r": 4, "target_modules": r".*language_model.*\.(q_proj|v_proj|down_proj)", "task_type": "CAUSAL_LM"}
+COMPLETIONS = ["a red circle", "blue, and big", "<think>", "a red circle", "", "none of it is there"]
+
+
+def adapted(manifest: Any, track: str, share: bool) -> Any:
+    """The bundled policy with an adapter whose weights are not zero, in training mode."""
+    torch.manual_seed(0)
+    model = load_model(manifest, ModelConfig.of(Configuration(), track))  # type: ignore[arg-type]
+    if share:
+        share_prompts(model)
+    model = get_peft_model(model, LoraConfig(**LORA))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model.train()
+
+
+@pytest.fixture(scope="module", params=["imagereward", "hpsv2"])
+def batch(request: Any, base_manifest: Any, scenes: Any) -> tuple[str, dict[str, torch.Tensor], torch.Tensor]:
+    """Track, inputs and labels of a batch as GRPO's: three prompts with four completions each, shuffled and padded."""
+    config = ModelConfig.of(Configuration(), request.param)
+    processor: Any = load_processor(base_manifest, config)
+    shown = 2 if request.param == "hpsv2" else 1
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
+    texts, images = [], []
+    for i in order:
+        prompt, pictures = scenes[i // 4]
+        # The first two prompts ask the same of different pictures.
+        chat = messages(config.template, scenes[0][0] if i // 4 == 1 else prompt)
+        texts.append(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        images.append(list(pictures.values())[:shown])
+    inputs = dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
+    completions = [COMPLETIONS[i % len(COMPLETIONS)] + "<|im_end|>" for i in order]
+    added = processor.tokenizer(completions, padding=True, padding_side="right", return_tensors="pt")
+    length = added["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], added["input_ids"]], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], added["attention_mask"]], 1)
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, length))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :-length] = -100
+    return request.param, inputs, labels
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_values_and_gradients_are_those_of_the_plain_pass(batch: Any, base_manifest: Any, checkpointing: bool) -> None:
+    track, inputs, labels = batch
+    found = []
+    for share in (False, True):
+        model = adapted(base_manifest, track, share)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        backbone = model.get_base_model().base_model
+        assert isinstance(backbone, SharedPrompts) == share
+        states = backbone(**inputs, use_cache=False).last_hidden_state
+        logits = model.get_base_model().lm_head(states[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+        found.append((loss.detach(), states.detach()[inputs["attention_mask"] == 1], gradients))
+    (loss, states, gradients), (shared_loss, shared_states, shared_gradients) = found
+    torch.testing.assert_close(shared_loss, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(shared_states, states, rtol=0, atol=2e-4)
+    assert gradients.keys() == shared_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(shared_gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_each_image_is_encoded_once_and_each_prompt_computed_once(batch: Any, base_manifest: Any) -> None:
+    track, inputs, _ = batch
+    model = adapted(base_manifest, track, share=True)
+    backbone = model.get_base_model().base_model
+    encoded, computed = [], []
+    backbone.visual.register_forward_pre_hook(lambda _, args, kwargs: encoded.append(len(args[0])), with_kwargs=True)
+    backbone.language_model.layers[0].register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[:2]))
+    with torch.no_grad():
+        backbone(**inputs, use_cache=False)
+    assert encoded == [len(inputs["pixel_values"]) // 4]
+    (prompts, shared), (rows, own) = computed
+    assert (prompts, rows) == (3, 12)
+    assert shared + own == inputs["input_ids"].shape[1]
+    prompt_length = inputs["input_ids"].shape[1] - 8
+    assert shared >= prompt_length - 8
+
+
+def test_with_a_cache_or_without_images_it_is_the_models_own_pass(batch: Any, base_manifest: Any) -> None:
+    track, inputs, _ = batch
+    plain, shared = adapted(base_manifest, track, False).eval(), adapted(base_manifest, track, True).eval()
+    words = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    words["input_ids"] = words["input_ids"].clamp(max=5)
+    with torch.no_grad():
+        for asked in (inputs | {"use_cache": True}, words | {"use_cache": False}):
+            assert torch.equal(shared(**asked).logits, plain(**asked).logits)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 1), st.lists(st.integers(0, 1), min_size=5, max_size=5)), min_size=1, max_size=8
+    )
+)
+def test_the_prefix_that_spares_most_is_shared_by_equal_rows_alone(rows: list[tuple[int, list[int]]]) -> None:
+    images = np.array([[image] for image, _ in rows])
+    ids = torch.tensor([tokens for _, tokens in rows])
+    shared, first, group = shared_prefix(ids, torch.ones_like(ids), images)
+
+    def cost(length: int) -> int:
+        groups = {(image, *tokens[:length]) for image, tokens in rows}
+        return len(groups) * length + len(rows) * (5 - length)
+
+    assert cost(shared) == min(cost(length) for length in range(1, 5))
+    assert group[first].tolist() == list(range(len(first)))
+    for i, j in itertools.combinations(range(len(rows)), 2):
+        alike = rows[i][0] == rows[j][0] and rows[i][1][:shared] == rows[j][1][:shared]
+        assert (group[i] == group[j]) == alike
+
+
+def test_rows_that_differ_in_their_mask_do_not_share() -> None:
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[1, 0] = 0
+    _, first, _ = shared_prefix(ids, mask, np.zeros((2, 1), dtype=int))
+    assert len(first) == 2
+
+
+def test_images_are_equal_in_pixels_and_in_shape() -> None:
+    pictures = [torch.tensor(values) for values in ([[1.0], [2]], [[2.0], [1]], [[1.0], [2]], [[1.0], [2]])]
+    assert first_equal(tuple(pictures), [[1, 2, 1], [1, 2, 1], [1, 2, 1], [1, 1, 2]]) == [0, 1, 0, 3]

@@ -1,0 +1,137 @@
+"""Decoding against the model's own `generate`, the plain cache and the probabilities that tokens are drawn with."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers.cache_utils import DynamicLayer
+
+from workflow_scripts.configuration import Sampling
+from workflow_scripts.policy.prompts import messages
+from workflow_scripts.rollouts.decoding import RoomyLayer, closed_up, draw, sample_completions, warpers_of
+
+
+def drawn(logits: list[float], count: int, **sampling: Any) -> Counter[int]:
+    """How often each token is drawn."""
+    chosen = Sampling(**sampling)
+    rows = torch.tensor(logits).repeat(count, 1)
+    generator = torch.Generator().manual_seed(0)
+    return Counter(draw(rows, warpers_of(chosen), chosen.temperature, generator))
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    logits = [0.0, 1.0, -2.0, 3.0, 0.5]
+    found = drawn(logits, 20_000, temperature=0.7)
+    expected = 20_000 * (torch.tensor(logits) / 0.7).softmax(-1).double()
+    assert chisquare([found[i] for i in range(5)], (expected / expected.sum() * 20_000).numpy()).pvalue > 0.001
+
+
+def test_what_the_warpers_leave_out_is_never_drawn() -> None:
+    assert set(drawn([0.0, 1.0, 2.0, 3.0], 5000, top_k=2)) == {2, 3}
+    assert set(drawn([0.0, 0.0, 5.0, 5.0], 5000, top_p=0.9)) == {2, 3}
+    assert set(drawn([float("-inf"), 0.0, float("-inf")], 100)) == {1}
+
+
+def test_at_temperature_0_the_most_likely_token_is_drawn() -> None:
+    assert drawn([0.0, 2.0, 1.9], 10, temperature=0) == {1: 10}
+
+
+def test_rare_tokens_of_a_large_vocabulary_are_drawn_too() -> None:
+    logits = torch.zeros(1, 200_000)
+    logits[0, 0] = 12.0  # about half of the mass
+    generator = torch.Generator().manual_seed(0)
+    found = Counter(draw(logits.expand(400, -1), warpers_of(Sampling()), 1.0, generator))
+    share = float(logits.softmax(-1)[0, 0])
+    assert abs(found[0] / 400 - share) < 4 * (share * (1 - share) / 400) ** 0.5
+    assert len(found) > 150
+
+
+@given(st.sets(st.integers(0, 20)))
+def test_closing_up_moves_the_fewest_rows(keep: set[int]) -> None:
+    order = closed_up(sorted(keep))
+    assert set(order) == keep and len(order) == len(keep)
+    assert sum(row != place for place, row in enumerate(order)) == sum(row >= len(keep) for row in keep)
+
+
+@given(st.data())
+def test_a_layer_with_room_holds_what_the_plain_one_holds(data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    plain, roomy = DynamicLayer(), RoomyLayer()
+    rows = data.draw(st.integers(1, 4))
+
+    def grow(tokens: int) -> None:
+        keys, values = torch.randn(2, rows, 2, tokens, 3, generator=generator)
+        for theirs, ours in zip(plain.update(keys, values), roomy.update(keys, values), strict=True):
+            assert torch.equal(theirs, ours)
+
+    grow(data.draw(st.integers(1, 5)))
+    for action in data.draw(st.lists(st.sampled_from(["grow", "far", "keep", "repeat"]), max_size=12)):
+        if action == "grow":
+            grow(1)
+        elif action == "far":
+            grow(70)
+        elif action == "keep":
+            keep = closed_up(sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1))))
+            for layer in (plain, roomy):
+                layer.batch_select_indices(torch.tensor(keep))
+            rows = len(keep)
+        elif rows < 20:
+            for layer in (plain, roomy):
+                layer.batch_repeat_interleave(2)
+            rows *= 2
+    assert torch.equal(plain.keys, roomy.keys) and torch.equal(plain.values, roomy.values)
+    assert plain.get_seq_length() == roomy.get_seq_length()
+
+
+@pytest.mark.parametrize("track", ["imagereward", "hpsv2"])
+def test_greedy_completions_are_those_of_generate(policies: Any, scenes: Any, track: str) -> None:
+    policy = policies[track]
+    shown = 2 if track == "hpsv2" else 1
+    asked = [(prompt, list(pictures.values())[:shown]) for prompt, pictures in scenes]
+    texts = [
+        policy.processor.apply_chat_template(
+            messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
+        )
+        for prompt, _ in asked
+    ]
+    ends = [policy.tokenizer.eos_token_id]
+    inputs = policy.processor(text=texts, images=[own for _, own in asked], padding=True, return_tensors="pt")
+    found = sample_completions(policy.model, inputs, 3, Sampling(temperature=0), 48, ends)
+    assert len(found) == 3 * len(asked)
+    lengths = set()
+    for i, (text, (_, own)) in enumerate(zip(texts, asked, strict=True)):
+        alone = policy.processor(text=[text], images=[own], return_tensors="pt")
+        ids = policy.model.generate(**alone, do_sample=False, max_new_tokens=48)[0, alone["input_ids"].shape[1] :]
+        assert found[3 * i : 3 * i + 3] == [ids.tolist()] * 3
+        lengths.add(len(ids))
+    assert len(lengths) > 1  # some end before others
+
+
+def test_a_completion_ends_with_its_end_token_or_has_all_tokens(policies: Any, scenes: Any) -> None:
+    policy = policies["imagereward"]
+    prompt, pictures = scenes[0]
+    text = policy.processor.apply_chat_template(
+        messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
+    )
+    inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
+    torch.manual_seed(0)
+    end = policy.tokenizer.eos_token_id
+    found = sample_completions(policy.model, inputs, 40, Sampling(), 24, [end])
+    assert {len(ids) for ids in found if ids[-1] != end} <= {24}
+    assert all(end not in ids[:-1] for ids in found)
+    assert any(ids[-1] == end for ids in found) and len({tuple(ids) for ids in found}) > 1
+
+
+def test_tokens_that_must_not_be_sampled_are_not(policies: Any, scenes: Any) -> None:
+    policy = policies["imagereward"]
+    prompt, pictures = scenes[0]
+    text = policy.processor.apply_chat_template(
+        messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
+    )
+    inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
+    (usual,) = {ids[0] for ids in sample_completions(policy.model, inputs, 20, Sampling(), 1, [])}
+    assert all(ids != [usual] for ids in sample_completions(policy.model, inputs, 20, Sampling(), 1, [], [usual]))

@@ -1,0 +1,121 @@
+"""GRPO's forward passes with each prompt and each image computed once for all completions of their group.
+
+A batch of GRPO repeats every prompt `group_size` times, and the prompt is the longer part of most rows. Under causal
+attention equal prefixes of rows have equal states: they are computed once, and the rest of each row attends to them.
+Values and gradients are those of the plain pass, up to the order of sums.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLModel, Qwen2VLModel
+
+
+def share_prompts(model: PreTrainedModel) -> None:
+    """Let a Qwen2-VL or Qwen2.5-VL share prompts; other families, whose images come in other ways, stay as they are."""
+    backbone: Any = model.base_model
+    if isinstance(backbone, Qwen2VLModel | Qwen2_5_VLModel):
+        backbone.__class__ = type(type(backbone).__name__, (SharedPrompts, type(backbone)), {})
+
+
+class SharedPrompts:
+    """Mixin for the part of a vision-language model below its head, such as `Qwen2_5_VLModel`."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """The model's own pass; where it is one over whole rows with images, without a cache, a shared one.
+
+        `input_ids`, `attention_mask` and `mm_token_type_ids` are (rows, tokens), `image_grid_thw` is (images, 3), as
+        many for each row; `pixel_values` has the patches of all images one after the other.
+        """
+        model: Any = self
+        plain: Any = super().forward  # type: ignore[misc]
+        rows = {"input_ids": input_ids, "attention_mask": attention_mask, "mm_token_type_ids": mm_token_type_ids}
+        if (
+            input_ids is None
+            or attention_mask is None
+            or mm_token_type_ids is None
+            or pixel_values is None
+            or image_grid_thw is None
+            or options.get("use_cache") is not False
+            or len(image_grid_thw) % len(input_ids)
+        ):
+            return plain(**rows, pixel_values=pixel_values, image_grid_thw=image_grid_thw, **options)
+        pictures = pixel_values.split(image_grid_thw.prod(-1).tolist())
+        same = first_equal(pictures, image_grid_thw.tolist())
+        once = sorted(set(same))
+        features = model.get_image_features(
+            torch.cat([pictures[i] for i in once]), image_grid_thw[once], return_dict=True
+        )
+        feature_of = dict(zip(once, features.pooler_output, strict=True))
+        if model.training and model.is_activation_checkpointing:  # which has no cache: images alone are shared
+            features.pooler_output = tuple(feature_of[i] for i in same)
+            return plain(**rows, image_grid_thw=image_grid_thw, mm_encoder_outputs={"image": features}, **options)
+
+        images_of = np.asarray(same).reshape(len(input_ids), -1)
+        shared, first, group = shared_prefix(input_ids, attention_mask, images_of)
+        of = torch.from_numpy(group).to(input_ids.device)
+        shown = np.arange(len(same)).reshape(images_of.shape)[first].ravel().tolist()
+        features.pooler_output = tuple(feature_of[same[i]] for i in shown)
+        prefixes = {name: value[first, :shared] for name, value in rows.items() if value is not None}
+        positions, _ = model.get_rope_index(image_grid_thw=image_grid_thw[shown], **prefixes)
+        cache = DynamicCache(config=model.config)
+        options |= {"past_key_values": cache, "use_cache": True}
+        prompts = plain(**prefixes, position_ids=positions, mm_encoder_outputs={"image": features}, **options)
+        cache.batch_select_indices(of)
+        after = torch.arange(1, input_ids.shape[1] - shared + 1, device=input_ids.device)
+        rest = plain(
+            input_ids=input_ids[:, shared:],
+            attention_mask=attention_mask,
+            position_ids=positions[..., -1:].index_select(-2, of) + after,
+            **options,
+        )
+        rest.last_hidden_state = torch.cat([prompts.last_hidden_state.index_select(0, of), rest.last_hidden_state], 1)
+        rest.past_key_values = None
+        return rest
+
+
+def first_equal(pictures: tuple[torch.Tensor, ...], grids: list[list[int]]) -> list[int]:
+    """Index of the first of the images, (patches, values) each, that equals this one in pixels and in its grid."""
+    sums = torch.stack([picture.sum(dtype=torch.float32) for picture in pictures]).tolist()
+    seen: dict[tuple[float, tuple[int, ...]], list[int]] = {}
+    found = []
+    for i, (total, grid) in enumerate(zip(sums, grids, strict=True)):
+        alike = seen.setdefault((total, tuple(grid)), [])
+        equal = next((j for j in alike if torch.equal(pictures[j], pictures[i])), i)
+        if equal == i:
+            alike.append(i)
+        found.append(equal)
+    return found
+
+
+def shared_prefix(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, images_of: NDArray[np.intp]
+) -> tuple[int, list[int], NDArray[np.intp]]:
+    """Length of prefix whose sharing spares most, the first row of each group that shares one, and each row's group.
+
+    Rows, (rows, tokens), share a prefix if its tokens, its mask and all their images, (rows, images of a row), are
+    equal. With a prefix of n tokens, g groups and r rows of t tokens, g n + r (t - n) tokens are computed instead of
+    r t. At least the last token is each row's own.
+    """
+    tokens = (2 * input_ids + attention_mask).cpu().numpy()
+    order = np.lexsort(np.concatenate([tokens.T[::-1], images_of.T[::-1]]))
+    tokens, images = tokens[order], images_of[order]
+    differ = np.concatenate([tokens[1:] != tokens[:-1], np.ones((len(tokens) - 1, 1), dtype=bool)], 1)
+    common = np.where((images[1:] == images[:-1]).all(1), differ.argmax(1), 0)  # tokens, of a row and the one before
+    lengths = np.arange(1, tokens.shape[1])
+    groups = 1 + (common[:, None] < lengths).sum(0)
+    shared = int(lengths[(groups * lengths + len(tokens) * (tokens.shape[1] - lengths)).argmin()])
+    group = np.empty(len(tokens), dtype=np.intp)
+    group[order] = np.concatenate([[0], (common < shared).cumsum()])
+    first = np.unique(group, return_index=True)[1]
+    return shared, first.tolist(), group
