@@ -48,5 +48,5 @@ def anchor_scores(
     np.add.at(total, candidates, np.where(answered, probabilities, 0.0))
     np.add.at(count, candidates, answered)
     scores = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-    scores[anchor] = ANCHOR_SCORE
+    scores[np.asarray(anchor, dtype=np.intp)] = ANCHOR_SCORE
     return scores

@@ -87,7 +87,8 @@ def _counts(means: NDArray[np.float64], ranks: NDArray[Any], sizes: Sequence[int
     right, tied = np.count_nonzero(first > second, axis=1), np.count_nonzero(first == second, axis=1)
 
     def total(counted: NDArray[np.bool_], numbers: Any) -> NDArray[np.float64]:
-        return np.bincount(prompt[counted], np.broadcast_to(numbers, counted.sum()), len(sizes))
+        weights = np.broadcast_to(numbers, counted.sum())
+        return np.bincount(prompt[counted], weights, len(sizes)).astype(np.float64)
 
     subsets = means.shape[1]
     return np.stack(
