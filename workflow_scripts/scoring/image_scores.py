@@ -37,7 +37,7 @@ def _against_anchors(frame: pd.DataFrame, anchors: pd.Series) -> pd.DataFrame:
     columns: dict[str, np.ndarray] = {}
     for column in ("soft", "hard", "forced"):
         table = frame.pivot(index=["item_id", "prompt_id", "image_id"], columns="k", values=column)
-        compared = table.index.droplevel("item_id")
+        compared = table.index.droplevel("item_id")  # type: ignore[arg-type]
         images = pd.MultiIndex.from_frame(anchors.reset_index()).append(compared.unique())
         scores = anchor_scores(len(images), np.arange(len(anchors)), images.get_indexer(compared), table.to_numpy())
         columns[column] = scores.ravel()
