@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import json
 import os
 import platform
 import resource
@@ -42,21 +43,36 @@ def cost(work: Callable[[], object]) -> Cost:
     return Cost(time.perf_counter() - wall, time.process_time() - cpu)
 
 
+# A process starts out with the peak memory of the one that it was forked from: a small one stands in between.
+FORK = """
+import json, os, resource, sys, time
+wall = time.perf_counter()
+child = os.fork()
+if not child:
+    os.close(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])
+_, status, usage = os.wait4(child, 0)
+wall = time.perf_counter() - wall
+with open(int(sys.argv[1]), "w") as file:
+    json.dump([wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, os.waitstatus_to_exitcode(status)], file)
+"""
+
+
 def process_cost(command: list[str], **options: Any) -> ProcessCost:
     """Cost of a command from its start to its end.
 
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-    wall = time.perf_counter()
-    process = subprocess.Popen(command, **options)
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - wall
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    scale = 1e6 if sys.platform == "darwin" else 1e3
-    return ProcessCost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / scale)
+    receiving, sending = os.pipe()
+    launcher = [sys.executable, "-S", "-E", "-c", FORK, str(sending), *command]
+    with subprocess.Popen(launcher, pass_fds=[sending], **options) as process:
+        os.close(sending)
+        with os.fdopen(receiving) as told:
+            wall, cpu, peak, status = json.load(told)
+    if process.returncode or status:
+        raise subprocess.CalledProcessError(status, command)
+    return ProcessCost(wall, cpu, peak / (1e6 if sys.platform == "darwin" else 1e3))
 
 
 def contest(contestants: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> list[dict[str, Any]]:
@@ -118,6 +134,16 @@ def machine() -> dict[str, str]:
 def peak_megabytes() -> float:
     """Peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def replace_rows(name: str, column: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows to results/<name>.csv in the place of those that have the same values in `column`; others stay."""
+    path = RESULTS / f"{name}.csv"
+    kept: list[dict[str, Any]] = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row[column] not in {new[column] for new in rows}]
+    write_rows(name, kept + rows)
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> None:

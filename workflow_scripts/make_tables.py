@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from pydantic_settings import CliPositionalArg
 
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.provenance import replacing
-from workflow_scripts.scoring.bootstrap import Interval, accuracy_interval, difference_interval
+from workflow_scripts.scoring.bootstrap import Credit, Interval, accuracy_intervals, difference_intervals
+from workflow_scripts.scoring.protocols import macro, micro
 from workflow_scripts.stage_configuration import MakeTables
 from workflow_scripts.tracking import run_stage
 
@@ -35,6 +37,7 @@ PROTOCOLS = {
     "own": "As ImageReward: micro over strict pairs, predicted tie wrong",
 }
 TARGETS = ("labels", "noise-free order")
+RULES = ["method", "k", "against", "tie", "label_tie", "missing"]
 
 
 class Arguments(StageArguments):
@@ -67,13 +70,16 @@ class Measured:
         """Read the accuracy files and the per-prompt files beside them."""
         self.config = config
         self.records: dict[tuple[str, str, str, int], dict[str, Any]] = {}
-        self.credits: dict[tuple[str, str, str, int], pd.DataFrame] = {}
+        self.credits: dict[tuple[str, str, str, int], dict[tuple[Any, ...], list[np.ndarray]]] = {}
         for path in paths:
             record = json.loads(path.read_text(encoding="utf-8"))
             key = (record["track"], record["policy"], record["test"], record["seed"])
             self.records[key] = record
-            frame = pd.read_parquet(path.with_name(f"{path.stem}-prompts.parquet"))
-            self.credits[key] = frame.set_index(["method", "k", "against", "tie", "label_tie", "missing"]).sort_index()
+            table = pq.read_table(path.with_name(f"{path.stem}-prompts.parquet"))
+            prompts = record["prompts"]  # so many rows for each rule, always in the order of the test set
+            rules = table.select(RULES).take(np.arange(0, len(table), prompts)).to_pylist()
+            columns = [table[name].to_numpy().reshape(-1, prompts) for name in ("correct", "pairs")]
+            self.credits[key] = {tuple(rule.values()): credit for rule, *credit in zip(rules, *columns, strict=True)}
 
     def record(self, track: str, policy: str, test: str, seed: int) -> dict[str, Any]:
         """Accuracy record of one policy on one test set."""
@@ -86,31 +92,31 @@ class Measured:
 
     def credit(
         self, policy: tuple[str, str, str], seeds: list[int], method: str, k: int, against: str, rule: dict[str, str]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Credit:
         """(correct, pairs) of each prompt, averaged over seeds."""
-        label_tie = rule["label_tie"]
         missing = self.config.missing_answer if method in ("soft", "hard") else "wrong"
-        row: Any = (method, k, against, rule["tie"], label_tie, missing)
-        frames = [self.credits[(*policy, seed)].loc[row].set_index("prompt_id") for seed in seeds]
-        mean = sum(frames[1:], start=frames[0]) / len(frames)
-        return mean["correct"].to_numpy(), mean["pairs"].to_numpy()
+        row = (method, k, against, rule["tie"], rule["label_tie"], missing)
+        by_seed = [self.credits[(*policy, seed)][row] for seed in seeds]
+        correct, pairs = (sum(parts[1:], start=parts[0]) / len(seeds) for parts in zip(*by_seed, strict=True))
+        return correct, pairs
 
-    def accuracy(self, *args: Any, average: str) -> Interval:
-        """Accuracy with its interval; arguments of `credit`."""
-        b = self.config.bootstrap
-        return accuracy_interval(*self.credit(*args), average, b.confidence, b.resamples, b.seed)  # type: ignore[arg-type]
+    def estimate(self, *args: Any) -> float:
+        """Accuracy without its interval; arguments of `credit`, the last of which says how prompts are averaged."""
+        correct, pairs = self.credit(*args)
+        accuracy = micro if args[-1]["average"] == "micro" else macro
+        return float(accuracy(correct[pairs > 0], pairs[pairs > 0]))
 
-    def difference(self, first: tuple[Any, ...], second: tuple[Any, ...], average: str) -> Interval:
-        """Accuracy of the second minus the first, paired over prompts."""
+    def accuracies(self, ends: list[tuple[Any, ...]], average: str) -> list[Interval]:
+        """Accuracies with their intervals; each by arguments of `credit`."""
         b = self.config.bootstrap
-        return difference_interval(
-            *self.credit(*first),
-            *self.credit(*second),
-            average,  # type: ignore[arg-type]
-            b.confidence,
-            b.resamples,
-            b.seed,
-        )
+        credits = [self.credit(*end) for end in ends]
+        return accuracy_intervals(credits, average, b.confidence, b.resamples, b.seed)  # type: ignore[arg-type]
+
+    def differences(self, ends: list[tuple[tuple[Any, ...], tuple[Any, ...]]], average: str) -> list[Interval]:
+        """Accuracies of the second minus the first of each, paired over prompts."""
+        b = self.config.bootstrap
+        credits = [(self.credit(*first), self.credit(*second)) for first, second in ends]
+        return difference_intervals(credits, average, b.confidence, b.resamples, b.seed)  # type: ignore[arg-type]
 
 
 def percent(value: float | None, digits: int = 2) -> float | None:
@@ -150,20 +156,17 @@ def context(measured: Measured, policy: tuple[str, str, str], seeds: list[int], 
 
 def ceiling(measured: Measured, policy: tuple[str, str, str], seeds: list[int], against: str) -> float | None:
     """Accuracy of the noise-free order: what annotator noise leaves to be won (synthetic world only)."""
-    targets = measured.credits[(*policy, seeds[0])].index.get_level_values("against").unique()
-    if "noise-free order" not in targets:
+    if "noise-free order" not in targets_of(measured, policy, seeds[0]):
         return None
     if against == "noise-free order":
         return 100.0
     rule = {**measured.official(policy[2], against), "tie": "half"}
-    return percent(
-        measured.accuracy(policy, seeds[:1], "noise-free order", 1, against, rule, average=rule["average"]).estimate
-    )
+    return percent(measured.estimate(policy, seeds[:1], "noise-free order", 1, against, rule))
 
 
 def targets_of(measured: Measured, policy: tuple[str, str, str], seed: int) -> list[str]:
     """What can be measured against: the labels, and in the synthetic world the noise-free order."""
-    present = set(measured.credits[(*policy, seed)].index.get_level_values("against"))
+    present = {against for _, _, against, *_ in measured.credits[(*policy, seed)]}
     return [target for target in TARGETS if target in present]
 
 
@@ -178,7 +181,16 @@ def table1(measured: Measured, config: MakeTables, model: str, notes: dict[tuple
         policy = (track, "grpo", test)
         for against in targets_of(measured, policy, config.seeds[0]):
             rule = measured.official(test, against)
-            for name, seeds in seed_groups(config.seeds).items():
+            groups = seed_groups(config.seeds)
+            ends: dict[tuple[str, int], tuple[Any, ...]] = {
+                (name, k): (policy, seeds, "soft", k, against, rule)
+                for name, seeds in groups.items()
+                for k in config.report_k
+            }
+            values = dict(zip(ends, measured.accuracies(list(ends.values()), rule["average"]), strict=True))
+            gained = [(ends[name, first], ends[name, last]) for name in groups] if last > first else []
+            gains = dict(zip(groups, measured.differences(gained, rule["average"]), strict=False))
+            for name, seeds in groups.items():
                 row: dict[str, Any] = {
                     "training_data": titles[track],
                     "test_data": tests[test],
@@ -186,14 +198,12 @@ def table1(measured: Measured, config: MakeTables, model: str, notes: dict[tuple
                     "seed": name,
                 }
                 for k in config.report_k:
-                    value = measured.accuracy(policy, seeds, "soft", k, against, rule, average=rule["average"])
-                    row |= columns(value, f"mean@{k}")
+                    row |= columns(values[name, k], f"mean@{k}")
                     row[f"mean@{k}_paper"] = (
                         PAPER_TABLE1.get((track, k)) if track == test and against == "labels" else None
                     )
                 if last > first:
-                    pair = [(policy, seeds, "soft", k, against, rule) for k in (first, last)]
-                    row |= columns(measured.difference(pair[0], pair[1], rule["average"]), "gain")
+                    row |= columns(gains[name], "gain")
                 row["ceiling"] = ceiling(measured, policy, seeds, against)
                 row["n_pairs"] = int(measured.credit(policy, seeds[:1], "soft", first, against, rule)[1].sum())
                 row |= context(measured, policy, seeds, model)
@@ -222,11 +232,13 @@ def table2(measured: Measured, config: MakeTables, model: str, notes: dict[tuple
             rows.append(human)
         for (name, method), title in METHODS.items():
             policy = ("imagereward", name, "imagereward")
-            for group, seeds in seed_groups(config.seeds).items():
+            groups = seed_groups(config.seeds)
+            ends = [(policy, seeds, method, k, against, rule) for seeds in groups.values() for k in config.report_k]
+            values = iter(measured.accuracies(ends, rule["average"]))
+            for group, seeds in groups.items():
                 row: dict[str, Any] = {"method": title, "against": against, "seed": group}
                 for k in config.report_k:
-                    value = measured.accuracy(policy, seeds, method, k, against, rule, average=rule["average"])
-                    row |= columns(value, f"mean@{k}")
+                    row |= columns(next(values), f"mean@{k}")
                 row["paper"] = PAPER_TABLE2[name, method] if against == "labels" else None
                 row["ceiling"] = ceiling(measured, policy, seeds, against)
                 row["n_pairs"] = int(
@@ -269,35 +281,41 @@ def comparisons(measured: Measured, config: MakeTables) -> pd.DataFrame:
     for track in config.tracks:
         for against in targets_of(measured, (track, "grpo", track), config.seeds[0]):
             official = measured.official(track, against)
+            heads: list[dict[str, Any]] = []
+            ends: list[tuple[tuple[Any, ...] | None, tuple[Any, ...]]] = []
             for claim, worse, better in claims(config.report_k):
                 for tie in dict.fromkeys((official["tie"], "wrong", "half")):
                     # Another tie rule than the official one judges strict pairs only.
                     label_tie = official["label_tie"] if tie == official["tie"] else "dropped"
                     rule = {**official, "tie": tie, "label_tie": label_tie}
                     for group, seeds in seed_groups(config.seeds).items():
-                        high = ((track, better[0], track), seeds, *better[1:], against, rule)
-                        reached = measured.accuracy(*high, average=rule["average"])
-                        if worse is None:
-                            interval = Interval(
-                                reached.estimate - 0.5, reached.standard_error, reached.low - 0.5, reached.high - 0.5
-                            )
-                        else:
-                            low = ((track, worse[0], track), seeds, *worse[1:], against, rule)
-                            interval = measured.difference(low, high, rule["average"])
-                        rows.append(
-                            {
-                                "claim": claim,
-                                "test_data": track,
-                                "against": against,
-                                "tie": tie,
-                                "average": rule["average"],
-                                "seed": group,
-                                "from": percent(reached.estimate - interval.estimate),
-                                "to": percent(reached.estimate),
-                                **columns(interval, "difference"),
-                                "holds": bool(interval.low > 0),
-                            }
+                        low, high = (
+                            end and ((track, end[0], track), seeds, *end[1:], against, rule) for end in (worse, better)
                         )
+                        ends.append((low, high))  # type: ignore[arg-type]
+                        head = {"claim": claim, "test_data": track, "against": against, "tie": tie}
+                        heads.append({**head, "average": official["average"], "seed": group})
+            alone = iter(measured.accuracies([high for low, high in ends if low is None], official["average"]))
+            paired = [(low, high) for low, high in ends if low is not None]
+            differences = iter(measured.differences(paired, official["average"]))
+            for head, (low, high) in zip(heads, ends, strict=True):
+                if low is None:
+                    reached = next(alone)
+                    interval = Interval(
+                        reached.estimate - 0.5, reached.standard_error, reached.low - 0.5, reached.high - 0.5
+                    )
+                else:
+                    interval = next(differences)
+                estimate = measured.estimate(*high)
+                rows.append(
+                    {
+                        **head,
+                        "from": percent(estimate - interval.estimate),
+                        "to": percent(estimate),
+                        **columns(interval, "difference"),
+                        "holds": bool(interval.low > 0),
+                    }
+                )
     return pd.DataFrame(rows)
 
 

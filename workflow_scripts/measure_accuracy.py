@@ -22,8 +22,17 @@ import pyarrow.parquet as pq
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences.schema import SUBSET, read_table
 from workflow_scripts.provenance import check_file, replacing, write_json
-from workflow_scripts.scoring.bootstrap import accuracy_interval
-from workflow_scripts.scoring.protocols import NEUTRAL, OFFICIAL, first_listed, prompt_credit
+from workflow_scripts.scoring.bootstrap import Credit, accuracy_intervals
+from workflow_scripts.scoring.mean_at_k import fill_missing
+from workflow_scripts.scoring.protocols import (
+    NEUTRAL,
+    OFFICIAL,
+    Average,
+    Outcomes,
+    first_listed,
+    outcome_credit,
+    prompt_outcomes,
+)
 from workflow_scripts.stage_configuration import MeasureAccuracy
 from workflow_scripts.tracking import run_stage
 
@@ -57,12 +66,17 @@ def true_ranks(record: dict[str, Any], path: Path) -> dict[str, float]:
     return {image: -round(utility, 9) for image, utility in zip(table["image_id"], table["utility"], strict=True)}
 
 
-def score_arrays(scores: pd.DataFrame, rows: list[dict[str, Any]], column: str, rollouts: int) -> list[np.ndarray]:
-    """Scores of each prompt, (N, K), in the order of its images; nan where there is none."""
-    wide = scores.pivot(index=["prompt_id", "image_id"], columns="k", values=column)
-    index = [(row["prompt_id"], image) for row in rows for image in row["image_ids"]]
-    values = wide.reindex(index, columns=range(rollouts)).to_numpy()
-    return np.split(values, np.cumsum([len(row["image_ids"]) for row in rows])[:-1])
+def score_arrays(scores: pd.DataFrame, rows: list[dict[str, Any]], rollouts: int) -> dict[str, list[np.ndarray]]:
+    """Soft and hard scores of each prompt, (N, K), in the order of its images; nan where there is none."""
+    index = pd.MultiIndex.from_tuples([(row["prompt_id"], image) for row in rows for image in row["image_ids"]])
+    place = index.get_indexer(pd.MultiIndex.from_frame(scores[["prompt_id", "image_id"]]))
+    known = place >= 0
+    found = {}
+    for column in ("soft", "hard"):
+        values = np.full((len(index), rollouts), np.nan)
+        values[place[known], scores["k"][known]] = scores[column][known]
+        found[column] = np.split(values, np.cumsum([len(row["image_ids"]) for row in rows])[:-1])
+    return found
 
 
 def main() -> None:
@@ -73,18 +87,18 @@ def main() -> None:
         scores = pd.read_parquet(arguments.scores)
         record = json.loads(arguments.dataset_record.read_text(encoding="utf-8"))
         truth = true_ranks(record, arguments.dataset_record)
-        judged = set(scores["prompt_id"])
+        judged = set(scores["prompt_id"].unique())
         rows = [row for row in read_table(arguments.subset, SUBSET).to_pylist() if row["prompt_id"] in judged]
         rollouts = int(scores["k"].max()) + 1
         # An image that could not be read was never judged: it leaves the test, it is not an error of the policy.
-        readable = set(scores["image_id"])
+        readable = set(scores["image_id"].unique())
         for row in rows:
             kept = [i for i, image in enumerate(row["image_ids"]) if image in readable]
             row["image_ids"] = [row["image_ids"][i] for i in kept]
             row["ranks"] = [row["ranks"][i] for i in kept]
             row["annotations"] = [[ranks[i] for i in kept] for ranks in row["annotations"] or []]
 
-        methods = {name: score_arrays(scores, rows, name, rollouts) for name in ("soft", "hard")}
+        methods = score_arrays(scores, rows, rollouts)
         targets = {"labels": [np.array(row["ranks"], float) for row in rows]}
         if truth:
             targets["noise-free order"] = [np.array([truth[image] for image in row["image_ids"]]) for row in rows]
@@ -93,8 +107,8 @@ def main() -> None:
 
         grid: list[tuple[str, list[np.ndarray], str, int, str, str, str]] = []
         for (method, values), against, k in itertools.product(methods.items(), targets, config.report_k):
-            rules = itertools.product(("wrong", "half", "dropped", "right"), ("wrong", "neutral", "dropped"))
-            grid += [(method, values, against, k, tie, "dropped", missing) for tie, missing in rules]
+            both = itertools.product(("wrong", "half", "dropped", "right"), ("wrong", "neutral", "dropped"))
+            grid += [(method, values, against, k, tie, "dropped", missing) for tie, missing in both]
             if against == "labels" and official.label_tie == "right":
                 grid.append((method, values, against, k, official.tie, "right", config.missing_answer))
         listed = [first_listed(len(row["image_ids"])) for row in rows]
@@ -107,24 +121,26 @@ def main() -> None:
             # Equal utilities are ordered by chance: half a point is what a scorer without ties can expect.
             grid.append(("noise-free order", noise_free, "labels", 1, "half", official.label_tie, "wrong"))
 
-        cells, credits = [], []
+        rules: list[dict[str, Any]] = []
+        credits: list[Credit] = []
+        compared: dict[tuple[str, str, int, bool], Outcomes] = {}  # the rules for ties and missing answers share it
         for method, values, against, k, tie, label_tie, missing in grid:
-            correct, pairs = prompt_credit(
-                values,
-                targets[against],
-                k=k,
-                tie=tie,  # type: ignore[arg-type]
-                label_tie=label_tie,  # type: ignore[arg-type]
-                missing=missing,  # type: ignore[arg-type]
-                neutral=neutral,
-            )
-            rule: dict[str, Any] = dict(zip(RULES, (method, k, against, tie, label_tie, missing), strict=True))
-            credits.append(
-                pd.DataFrame({**rule, "prompt_id": [r["prompt_id"] for r in rows], "correct": correct, "pairs": pairs})
-            )
-            for average in ("micro", "macro"):
-                b = config.bootstrap
-                interval = accuracy_interval(correct, pairs, average, b.confidence, b.resamples, b.seed)
+            key = (method, against, k, missing == "neutral")
+            if key not in compared:
+                complete = not any(np.isnan(one).any() for one in values)
+                filled = [fill_missing(one, neutral) for one in values] if missing == "neutral" else values
+                compared[key] = prompt_outcomes(filled, targets[against], k)
+                if complete:
+                    compared[*key[:3], not key[3]] = compared[key]
+            rules.append(dict(zip(RULES, (method, k, against, tie, label_tie, missing), strict=True)))
+            rule_of_missing = "wrong" if missing == "neutral" else missing
+            credits.append(outcome_credit(compared[key], tie, label_tie, rule_of_missing))  # type: ignore[arg-type]
+        b = config.bootstrap
+        averages: tuple[Average, ...] = ("micro", "macro")
+        intervals = [accuracy_intervals(credits, average, b.confidence, b.resamples, b.seed) for average in averages]
+        cells = []
+        for rule, (_, pairs), *by_average in zip(rules, credits, *intervals, strict=True):
+            for average, interval in zip(averages, by_average, strict=True):
                 # Null where no pair counts, as when one answer was given throughout and ties are dropped.
                 numbers = {name: None if np.isnan(value) else value for name, value in interval._asdict().items()}
                 cells.append({**rule, "average": average, **numbers, "pairs": float(pairs.sum())})
@@ -149,7 +165,11 @@ def main() -> None:
             },
         )
         with replacing(arguments.prompts) as temporary:
-            pd.concat(credits).to_parquet(temporary, index=False, compression="zstd")
+            names = [row["prompt_id"] for row in rows]
+            by_prompt = pd.DataFrame(rules).loc[np.repeat(np.arange(len(rules)), len(rows))].reset_index(drop=True)
+            correct, pairs = (np.concatenate(parts) for parts in zip(*credits, strict=True))
+            by_prompt = by_prompt.assign(prompt_id=names * len(rules), correct=correct, pairs=pairs)
+            by_prompt.to_parquet(temporary, index=False, compression="zstd")
         headline = [
             cell
             for cell in cells

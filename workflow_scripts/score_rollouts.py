@@ -18,6 +18,11 @@ from workflow_scripts.scoring.image_scores import image_scores
 from workflow_scripts.stage_configuration import ScoreRollouts
 from workflow_scripts.tracking import run_stage
 
+SCORED = [
+    *("item_id", "prompt_id", "candidate", "anchor", "candidate_second", "k", "forced", "sampled_answer"),
+    "answer_logprobs",
+]  # of ROLLOUT; the texts are most of a file
+
 SCORE = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
@@ -46,7 +51,8 @@ def main() -> None:
     arguments = Arguments.parse()
     answers = ANSWERS[arguments.config.protocol]
     with run_stage(arguments) as run:
-        rollouts = pd.concat([read_table(path, ROLLOUT).to_pandas() for path in arguments.rollouts], ignore_index=True)
+        tables = [read_table(path, ROLLOUT, SCORED).to_pandas() for path in arguments.rollouts]
+        rollouts = pd.concat(tables, ignore_index=True)
         if rollouts.empty:
             raise SchemaError(
                 f"{arguments.rollouts[0].parent} holds no rollout: no test question fits the policy's context and has "

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.preferences import subsampling
@@ -97,8 +98,12 @@ def normalised_texts(table: pa.Table) -> dict[str, str]:
 
 def pair_units(table: pa.Table) -> dict[str, list[str]]:
     """Names of the given pairs of each prompt."""
-    rows = stream_rows(table.select(["prompt_id", "pairs"]))
-    return {row["prompt_id"]: [subsampling.pair_unit(row["prompt_id"], pair) for pair in row["pairs"]] for row in rows}
+    ids, pairs = table["prompt_id"].to_pylist(), table["pairs"].combine_chunks()
+    sides = (pairs.flatten().field(side).to_pylist() for side in ("a", "b"))
+    units: dict[str, list[str]] = {name: [] for name in ids}
+    for row, a, b in zip(pc.list_parent_indices(pairs).to_pylist(), *sides, strict=True):
+        units[ids[row]].append(subsampling.pair_unit(ids[row], {"a": a, "b": b}))
+    return units
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """The canonical tables refuse what breaks their contract, on write and on read."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from workflow_scripts.preferences.schema import (
     IMAGES,
     PREFERENCES,
     SUBSET,
     SchemaError,
+    image_name,
     read_images,
     read_table,
     write_images,
@@ -93,3 +96,14 @@ def test_images_stream_through(tmp_path: Path) -> None:
     write_images(paths[1], iter(rows[300:]))
     assert list(read_images(paths)) == rows
     assert pq.read_schema(paths[0]) == IMAGES
+
+
+@settings(deadline=None)
+@given(st.text("a./ ", max_size=8) | st.text(max_size=8))
+def test_an_image_goes_by_what_pathlib_takes_for_the_name_of_its_path(path: str) -> None:
+    name = PurePosixPath(path).name
+    if name in ("", ".."):
+        with pytest.raises(SchemaError, match="must name a file"):
+            image_name(path, "here")
+    else:
+        assert image_name(path, "here") == name

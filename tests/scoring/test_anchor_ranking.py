@@ -71,3 +71,20 @@ def test_a_policy_that_only_sees_the_order_prefers_nothing_when_both_are_scored(
 def test_sampled_answers_are_scored_like_probabilities() -> None:
     answers = candidate_probability([1, 0, 1, 0, np.nan], [True, True, False, False, False])
     np.testing.assert_array_equal(answers, [1, 0, 0, 1, np.nan])
+
+
+@settings(deadline=None)
+@given(st.lists(comparisons(), min_size=1, max_size=4))
+def test_prompts_at_once_score_as_one_by_one(
+    prompts: list[tuple[int, int, list[int], np.ndarray, np.ndarray]],
+) -> None:
+    rollouts = min(probability.shape[1] for *_, probability in prompts)
+    starts = np.cumsum([0, *(images for images, *_ in prompts)])
+    alone = [anchor_scores(n, anchor, c, p[:, :rollouts]) for n, anchor, c, _, p in prompts]
+    together = anchor_scores(
+        starts[-1],
+        [start + anchor for start, (_, anchor, *_) in zip(starts, prompts, strict=False)],
+        [start + one for start, (_, _, c, *_) in zip(starts, prompts, strict=False) for one in c],
+        np.concatenate([p[:, :rollouts] for *_, p in prompts]),
+    )
+    np.testing.assert_array_equal(together, np.concatenate(alone))

@@ -3,16 +3,37 @@
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from workflow_scripts.scoring.bootstrap import accuracy_interval, difference_interval, minimum_detectable_difference
-from workflow_scripts.scoring.protocols import Average
+from workflow_scripts.scoring.bootstrap import (
+    Interval,
+    accuracy_intervals,
+    difference_intervals,
+    minimum_detectable_difference,
+)
+from workflow_scripts.scoring.protocols import Average, macro, micro
 
 AVERAGES: list[Average] = ["micro", "macro"]
+
+
+def accuracy_interval(correct: np.ndarray, pairs: np.ndarray, *rest: Any) -> Interval:
+    """One of them."""
+    (interval,) = accuracy_intervals([(correct, pairs)], *rest)
+    return interval
+
+
+def difference_interval(
+    correct_a: np.ndarray, pairs_a: np.ndarray, correct_b: np.ndarray, pairs_b: np.ndarray, *rest: Any, **options: Any
+) -> Interval:
+    """One of them."""
+    (interval,) = difference_intervals([((correct_a, pairs_a), (correct_b, pairs_b))], *rest, **options)
+    return interval
 
 
 def loop_accuracy(correct: np.ndarray, pairs: np.ndarray, prompts: tuple[int, ...], average: Average) -> float:
@@ -31,7 +52,7 @@ def exhaustive_standard_error(prompts: int, statistic: Callable[[tuple[int, ...]
 def test_standard_errors_equal_those_of_all_possible_resamples(average: Average) -> None:
     pairs_a, pairs_b = np.array([6.0, 3.0, 10.0, 1.0]), np.array([6.0, 2.0, 9.0, 1.0])
     correct_a, correct_b = np.array([4.0, 1.0, 9.0, 0.0]), np.array([5.0, 1.5, 4.0, 1.0])
-    interval = accuracy_interval(correct_a, pairs_a, average, 0.95, 20_000, seed=0)
+    interval = accuracy_interval(correct_a, pairs_a, average, 0.95, 20_000, 0)
     exact = exhaustive_standard_error(4, lambda drawn: loop_accuracy(correct_a, pairs_a, drawn, average))
     assert interval.estimate == pytest.approx(loop_accuracy(correct_a, pairs_a, (0, 1, 2, 3), average))
     assert interval.standard_error == pytest.approx(exact, rel=0.02)
@@ -39,9 +60,44 @@ def test_standard_errors_equal_those_of_all_possible_resamples(average: Average)
     def difference(drawn: tuple[int, ...]) -> float:
         return loop_accuracy(correct_b, pairs_b, drawn, average) - loop_accuracy(correct_a, pairs_a, drawn, average)
 
-    paired = difference_interval(correct_a, pairs_a, correct_b, pairs_b, average, 0.95, 20_000, seed=0)
+    paired = difference_interval(correct_a, pairs_a, correct_b, pairs_b, average, 0.95, 20_000, 0)
     assert paired.estimate == pytest.approx(difference((0, 1, 2, 3)))
     assert paired.standard_error == pytest.approx(exhaustive_standard_error(4, difference), rel=0.02)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 200), st.integers(1, 4), st.integers(0, 2**32 - 1), st.sampled_from(AVERAGES))
+def test_many_intervals_at_once_are_bit_for_bit_those_of_scipy_one_by_one(
+    prompts: int, number: int, seed: int, average: Average
+) -> None:
+    rng = np.random.default_rng(seed)
+    accuracy = micro if average == "micro" else macro
+
+    def plain(statistic: Any, *samples: np.ndarray) -> tuple[float, ...]:
+        rng = np.random.default_rng(seed)
+        found = stats.bootstrap(
+            samples, statistic, paired=True, vectorized=True, method="percentile", n_resamples=700, batch=90, rng=rng
+        )
+        estimate = statistic(*samples, axis=-1)
+        return (float(estimate), float(found.standard_error), *map(float, found.confidence_interval))
+
+    def difference(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, axis: int) -> np.ndarray:
+        return accuracy(c, d, axis) - accuracy(a, b, axis)
+
+    credits = []
+    for _ in range(number):
+        pairs = rng.integers(0, 20, size=prompts) / 3
+        credits.append((pairs * rng.random(prompts), pairs))
+    credits.append(credits[0])
+    for (correct, pairs), interval in zip(credits, accuracy_intervals(credits, average, 0.95, 700, seed), strict=True):
+        if (kept := pairs > 0).sum() > 1:
+            np.testing.assert_array_equal(interval, plain(accuracy, correct[kept], pairs[kept]))
+    ends = [(credits[0], credit) for credit in credits]
+    for (a, b), interval in zip(ends, difference_intervals(ends, average, 0.95, 700, seed), strict=True):
+        if (kept := (a[1] > 0) | (b[1] > 0)).sum() > 1:
+            samples = [sample[kept] for sample in (*a, *b)]
+            with np.errstate(invalid="ignore"):
+                np.testing.assert_array_equal(interval, plain(difference, *samples))
 
 
 @settings(deadline=None, max_examples=40)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workflow_scripts.scoring import protocols
 from workflow_scripts.scoring.protocols import (
     HPDV2,
     IMAGEREWARD,
@@ -21,6 +22,7 @@ from workflow_scripts.scoring.protocols import (
     macro,
     micro,
     prompt_credit,
+    prompt_outcomes,
 )
 
 RANKINGS = Path(__file__).parents[2] / "../shared/data/imagereward_test_rankings.json"
@@ -231,3 +233,14 @@ def test_published_imagereward_ranks() -> None:
     perfect = [-np.array(ranking, dtype=float)[:, None] for ranking in ranks]
     for protocol in (IMAGEREWARD, IMAGEREWARD_MACRO, HPDV2):
         assert accuracy(perfect, ranks, 1, protocol) == 1.0
+
+
+def test_prompts_of_any_depth_and_at_any_number_at_once_come_out_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    depths = [3, 3, 3, 5, 5, 3, 2, 2]
+    scores = [rng.choice([1.0, 2.0, np.nan], (rng.integers(1, 6), depth)) for depth in depths]
+    ranks = [rng.integers(1, 4, len(one)) for one in scores]
+    alone = [np.concatenate(prompt_outcomes([s], [r], 2)) for s, r in zip(scores, ranks, strict=True)]
+    for at_once in (1, 16, protocols.SUBSETS_AT_ONCE):
+        monkeypatch.setattr(protocols, "SUBSETS_AT_ONCE", at_once)
+        np.testing.assert_array_equal(np.array(prompt_outcomes(scores, ranks, 2)).T, alone)

@@ -95,7 +95,7 @@ def _tar_members(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes |
             if name in wanted and member.isfile():
                 content = file.extractfile(member)
                 assert content is not None  # a regular file
-                yield name, _bounded(content)
+                yield name, _bounded(content, member.size)
             file.members = []  # type: ignore[attr-defined]  # 400,000 of them must not pile up
 
 
@@ -105,8 +105,9 @@ def _image_file(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | Unr
         yield name, _bounded(content)
 
 
-def _bounded(content: IO[bytes]) -> bytes | UnreadableImageError:
-    data = content.read(LARGEST_MEMBER + 1)
+def _bounded(content: IO[bytes], size: int = LARGEST_MEMBER) -> bytes | UnreadableImageError:
+    # A tar's reader makes room for all that is asked for: 64 MiB for every image, were its size not known.
+    data = content.read(min(size, LARGEST_MEMBER) + 1)
     if len(data) > LARGEST_MEMBER:
         return UnreadableImageError(f"holds more than {LARGEST_MEMBER} bytes")
     return data

@@ -33,9 +33,11 @@ def decoded(data: bytes) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(*image.size)
+                if image.format != "PNG":  # of all formats it alone has checksums that verify() reads
+                    return _upright_rgb(image)
                 image.verify()
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # verify() leaves the image unusable
-                return _rgb(ImageOps.exif_transpose(image))
+                return _upright_rgb(image)
     except (UnreadableImageError, MemoryError):
         raise
     except Exception as error:  # PIL raises whatever a damaged file leads it to: struct.error, TypeError, KeyError, ...
@@ -49,7 +51,8 @@ def _check_size(width: int, height: int) -> None:
         raise UnreadableImageError(f"{width} x {height} pixels are narrower than {LARGEST_ASPECT_RATIO}:1")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)  # without a copy of what is upright already
     if image.mode.startswith("I;16"):
         # PIL would clip these to 255. The high byte is what it takes of the 16 bits of a colour image.
         values = np.asarray(image)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from workflow_scripts.scoring.bootstrap import Interval, accuracy_interval
+from workflow_scripts.scoring.bootstrap import Interval, accuracy_intervals
 from workflow_scripts.scoring.mean_at_k import fill_missing
 from workflow_scripts.scoring.pair_accuracy import MissingRule, TieRule, credit, strict_pairs
 from workflow_scripts.scoring.protocols import Average, prompt_credit
@@ -83,7 +83,7 @@ def mean_at_k(
         for scores, ranks in by_seed
     ]
     correct, pairs = (np.mean(part, axis=0) for part in zip(*credits, strict=True))
-    return accuracy_interval(correct, pairs, average, *resampling)
+    return accuracy_intervals([(correct, pairs)], average, *resampling)[0]
 
 
 def judged_pairs(
@@ -147,9 +147,8 @@ def grouped_mean(frame: pd.DataFrame, by: list[str], value: str, resampling: Res
     rows = []
     for names, group in frame.dropna(subset=[value]).groupby(by, observed=True):
         prompts = group.groupby("prompt_id")[value].agg(["sum", "count"])
-        interval = accuracy_interval(
-            prompts["sum"].to_numpy(float), prompts["count"].to_numpy(float), "micro", *resampling
-        )
+        counted = prompts["sum"].to_numpy(float), prompts["count"].to_numpy(float)
+        (interval,) = accuracy_intervals([counted], "micro", *resampling)
         keys = dict(zip(by, names, strict=True))
         rows.append(
             {**keys, "mean": interval.estimate, "low": interval.low, "high": interval.high, "count": len(group)}

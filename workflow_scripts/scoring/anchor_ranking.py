@@ -22,16 +22,19 @@ def candidate_probability(probability_second: ArrayLike, candidate_second: Array
     return np.where(candidate_second, probability, 1.0 - probability)
 
 
-def anchor_scores(images: int, anchor: int, candidates: ArrayLike, probabilities: ArrayLike) -> NDArray[np.float64]:
-    """Scores of one prompt's images: 0.5 for the anchor, p(candidate preferred over it) for the others.
+def anchor_scores(
+    images: int, anchor: ArrayLike, candidates: ArrayLike, probabilities: ArrayLike
+) -> NDArray[np.float64]:
+    """Scores of images of one prompt or several: 0.5 for an anchor, p(candidate preferred over it) for the others.
 
     An image compared twice, once in each presentation order, gets the mean of its comparisons, rollout by rollout;
     missing answers are left out of that mean.
 
     Args:
-        images: N, the number of images of the prompt.
-        anchor: index of the anchor image.
-        candidates: (M,) index of each image compared with the anchor; M = N-1, or 2(N-1) with both orders.
+        images: N, the number of images.
+        anchor: index of the anchor image, or of that of each prompt.
+        candidates: (M,) index of each image compared with its prompt's anchor; of one prompt M = N-1, or 2(N-1) with
+            both orders.
         probabilities: (M, K) `candidate_probability` of each comparison and rollout, nan where there is none.
 
     Returns:
@@ -45,5 +48,5 @@ def anchor_scores(images: int, anchor: int, candidates: ArrayLike, probabilities
     np.add.at(total, candidates, np.where(answered, probabilities, 0.0))
     np.add.at(count, candidates, answered)
     scores = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-    scores[anchor] = ANCHOR_SCORE
+    scores[np.asarray(anchor, dtype=np.intp)] = ANCHOR_SCORE
     return scores

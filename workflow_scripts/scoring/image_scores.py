@@ -18,9 +18,10 @@ def image_scores(rollouts: pd.DataFrame, answers: tuple[int, ...]) -> pd.DataFra
         Columns prompt_id, image_id, k, soft, hard (nan: no valid sampled answer) and forced (share of the rollouts
         behind it that were forced, nan for an anchor), a row for each image and k.
     """
+    logprobs = np.concatenate(rollouts["answer_logprobs"].to_list()).reshape(len(rollouts), len(answers))
     frame = rollouts[["item_id", "prompt_id", "k", "forced"]].assign(
         image_id=rollouts["candidate"],
-        soft=expected_answer(np.stack(list(rollouts["answer_logprobs"])), answers),
+        soft=expected_answer(logprobs, answers),
         hard=rollouts["sampled_answer"].astype("float64"),
         forced=rollouts["forced"].astype("float64"),
     )
@@ -28,19 +29,25 @@ def image_scores(rollouts: pd.DataFrame, answers: tuple[int, ...]) -> pd.DataFra
         return frame
     for column in ("soft", "hard"):
         frame[column] = candidate_probability(frame[column], rollouts["candidate_second"].astype(bool))
-    anchors = rollouts.groupby("prompt_id")["anchor"].first()
-    return pd.concat([_against_anchor(group, str(anchors[name])) for name, group in frame.groupby("prompt_id")])
+    return _against_anchors(frame, rollouts.groupby("prompt_id")["anchor"].first())
 
 
-def _against_anchor(frame: pd.DataFrame, anchor: str) -> pd.DataFrame:
-    """Scores of one prompt's images, the anchor's among them; both presentation orders of a pair are averaged."""
-    names = [anchor, *sorted(set(frame["image_id"]))]
-    columns = {}
+def _against_anchors(frame: pd.DataFrame, anchors: pd.Series) -> pd.DataFrame:
+    """Scores of the images of all prompts, the anchors among them; both presentation orders of a pair are averaged."""
+    columns: dict[str, np.ndarray] = {}
     for column in ("soft", "hard", "forced"):
-        table = frame.pivot(index=["item_id", "image_id"], columns="k", values=column)
-        candidates = [names.index(image) for image in table.index.get_level_values("image_id")]
-        columns[column] = anchor_scores(len(names), 0, candidates, table.to_numpy()).ravel()
-    index = pd.MultiIndex.from_product([names, table.columns], names=["image_id", "k"])
-    scored = pd.DataFrame(columns, index=index).reset_index().assign(prompt_id=frame["prompt_id"].iloc[0])
-    scored.loc[scored["image_id"] == anchor, "forced"] = np.nan
-    return scored
+        table = frame.pivot(index=["item_id", "prompt_id", "image_id"], columns="k", values=column)
+        compared = table.index.droplevel("item_id")  # type: ignore[arg-type]
+        images = pd.MultiIndex.from_frame(anchors.reset_index()).append(compared.unique())
+        scores = anchor_scores(len(images), np.arange(len(anchors)), images.get_indexer(compared), table.to_numpy())
+        columns[column] = scores.ravel()
+    columns["forced"][: len(anchors) * table.shape[1]] = np.nan
+    index = pd.MultiIndex.from_arrays(
+        [
+            images.get_level_values(0).repeat(table.shape[1]),
+            images.get_level_values(1).repeat(table.shape[1]),
+            np.tile(table.columns, len(images)),
+        ],
+        names=["prompt_id", "image_id", "k"],
+    )
+    return pd.DataFrame(columns, index=index).reset_index()

@@ -1,0 +1,163 @@
+"""Growth of time and peak memory: each work at 1, 2, 4 and 8 times the size, in a process of its own.
+
+python -m benchmarks.growth --part read_images select_subset
+
+A line through CPU seconds by size says what starting costs (its height at 0) and what one unit of size costs; how far
+the largest point is from the line through the smaller ones says whether time grows faster than the size.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from benchmarks.data import measure_one, run
+from benchmarks.made_up import (
+    write_archive,
+    write_hpdv2_annotations,
+    write_image_subset,
+    write_record,
+    write_rollouts,
+    write_test_set,
+)
+from benchmarks.measuring import ProcessCost, replace_rows, write_rows
+from workflow_scripts.configuration import load
+from workflow_scripts.rollouts.items import anchor_items
+from workflow_scripts.stage_configuration import ReadAnnotations, ReadImages, SelectSubset
+
+FACTORS = (1, 2, 4, 8)
+
+
+def read_images(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """Raw to canonical."""
+    size = 100 * factor
+    ((archive, names),) = write_archive(folder / "train_1.zip", size).items()
+    record = write_record(folder)
+    write_image_subset(folder / "subset.parquet", archive, names)
+    outputs = {"output": folder / "images.parquet", "listing": folder / "images.json"}
+    config = ReadImages(dataset="imagereward", split="train", shard=0, start=0, stop=None)
+    return size, "images", run("read_images", config, record=record, subset=folder / "subset.parquet", **outputs)
+
+
+def read_annotations(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """Published pairs to prompts."""
+    prompts = 6000 * factor
+    record = write_hpdv2_annotations(folder / "hpsv2", prompts)
+    config = ReadAnnotations.of(load({}), "hpsv2", "train")
+    return 6 * prompts, "pairs", run("read_annotations", config, record=record, output=folder / "train.parquet")
+
+
+def select_subset(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """Subsampling by pair."""
+    c = load({"datasets": {"hpsv2": {"train_fraction": 0.25, "subsample_by": "pair"}}})
+    size, unit, _ = read_annotations(folder, factor)
+    test = folder / "test.parquet"
+    run("read_annotations", ReadAnnotations.of(c, "hpsv2", "test"), record=folder / "hpsv2/dataset.json", output=test)
+    inputs = {"preferences": folder / "train.parquet", "test_preferences": test, "output": folder / "subset.parquet"}
+    return size, unit, run("select_subset", SelectSubset.of(c, "hpsv2", "train"), **inputs)
+
+
+def scoring(folder: Path, prompts: int, rollouts: int, report_k: list[int]) -> tuple[int, ProcessCost, ProcessCost]:
+    """Pairs of a test set, cost of its scores and of its accuracies."""
+    settings = {"rollouts": {"blocks": rollouts, "block_size": 1}, "scoring": {"report_k": report_k}}
+    judged = write_test_set(folder / "subset.parquet", "hpsv2", prompts)
+    write_record(folder)
+    recorded = folder / "rollouts.parquet"
+    write_rollouts(recorded, "hpsv2", judged, rollouts, 0)
+    pairs = sum(len(row["image_ids"]) * (len(row["image_ids"]) - 1) // 2 for row in judged)
+    return pairs, *measure_one(load(settings), folder, "hpsv2", "grpo", 0, recorded)
+
+
+def score_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """Scores of more rollouts of the same items."""
+    _, scored, _ = scoring(folder, 400, 5 * factor, [1])
+    return 5 * factor, "rollouts of 3,300 items", scored
+
+
+def score_more_items(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """Scores of more items."""
+    _, scored, _ = scoring(folder, 400 * factor, 5, [1])
+    return 400 * factor, "prompts", scored
+
+
+def measure_more_pairs(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """Accuracies and their bootstrap over more pairs, Mean@1 and Mean@3 of 5 rollouts."""
+    pairs, _, measured = scoring(folder, 400 * factor, 5, [1, 3])
+    return pairs, "pairs", measured
+
+
+def measure_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """Accuracies of Mean@1 of more rollouts. Mean@k of K is over all C(K, k) choices, which is a power of K."""
+    _, _, measured = scoring(folder, 400, 5 * factor, [1])
+    return 5 * factor, "rollouts of 3,300 items", measured
+
+
+# Adding a work: a function of a folder and a factor that returns its size, the unit and the cost.
+PARTS: dict[str, Callable[[Path, int], tuple[int, str, ProcessCost]]] = {
+    "read_images": read_images,
+    "read_annotations": read_annotations,
+    "select_subset": select_subset,
+    "score_more_rollouts": score_more_rollouts,
+    "score_more_items": score_more_items,
+    "measure_more_pairs": measure_more_pairs,
+    "measure_more_rollouts": measure_more_rollouts,
+}
+
+
+def growth(work: str) -> list[dict[str, Any]]:
+    """Rows of one work."""
+    found = []
+    for factor in FACTORS:
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(PARTS[work](Path(folder), factor))
+        print(work, *found[-1], flush=True)
+    sizes = np.array([size for size, _, _ in found], float)
+    cpu = np.array([measured.cpu for _, _, measured in found])
+    unit_cost, start = np.polyfit(sizes, cpu, 1)
+    before_last = np.polyval(np.polyfit(sizes[:-1], cpu[:-1], 1), sizes[-1])
+    return [
+        {
+            "work": work,
+            "factor": factor,
+            "size": size,
+            "unit": unit,
+            "wall_seconds": round(measured.wall, 3),
+            "cpu_seconds": round(measured.cpu, 3),
+            "peak_megabytes": round(measured.peak_megabytes),
+            "start_cpu_seconds": round(start, 3),
+            "cpu_microseconds_per_unit": round(1e6 * unit_cost, 2),
+            "largest_over_line_percent": round(100 * (cpu[-1] / before_last - 1), 1),
+        }
+        for factor, (size, unit, measured) in zip(FACTORS, found, strict=True)
+    ]
+
+
+def comparisons() -> list[dict[str, Any]]:
+    """Questions to the policy for N images of a prompt: with one anchor, and of every pair."""
+    rows = []
+    for images in range(2, 17):
+        names = [f"{number}" for number in range(images)]
+        asked = len(anchor_items([{"prompt_id": "p", "prompt": "", "image_ids": names}], set(names), 0, False))
+        every = images * (images - 1) // 2
+        rows.append({"images": images, "anchor": asked, "round_robin": every, "ratio": round(every / asked, 2)})
+    return rows
+
+
+def main() -> None:
+    """Measure the parts, write them to results/growth.csv, print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    rows = []
+    for work in parser.parse_args().part:
+        rows += growth(work)
+        replace_rows("growth", "work", rows)
+    write_rows("comparisons", comparisons())
+    print(tabulate([list(row.values()) for row in rows], headers=list(rows[0])))
+
+
+if __name__ == "__main__":
+    main()
