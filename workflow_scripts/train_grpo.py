@@ -320,7 +320,7 @@ def check_generation(config: TrainGrpo) -> None:
 @contextlib.contextmanager
 def merged(model: Any) -> Iterator[None]:
     """Merge the adapter for the time being; afterwards the weights are the same to the last bit."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     model.merge_adapter()
     try:

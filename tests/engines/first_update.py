@@ -1,6 +1,7 @@
 """One step of the stage's trainer on a given batch, in one process or in several (torchrun): gradients and weights.
 
-python first_update.py MANIFEST FOLDER PROCESSES STRATEGY writes FOLDER/<processes>-<rank>.pt. The completions are
+python first_update.py MANIFEST FOLDER PROCESSES STRATEGY PASSES writes FOLDER/<processes>-<rank>.pt; with PASSES
+shared, not plain, the model computes each prompt once for its group. The completions are
 chosen here and not sampled, by image and by place in the group, so that any number of processes sees the same ones.
 """
 
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from workflow_scripts.configuration import Distributed, load
 from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.prompts import messages
+from workflow_scripts.policy.shared_prompts import share_prompts
 from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
 from workflow_scripts.stage_configuration import TrainGrpo
 from workflow_scripts.train_grpo import InEffect, ValidatingTrainer, grpo_config
@@ -45,6 +47,8 @@ def main() -> None:
         config = config.model_copy(update={"distributed": distributed})
     settings = grpo_config(config, folder / f"checkpoints-{processes}", resumed=True)
     processor, base = load_processor(manifest, config.model), load_model(manifest, config.model)
+    if sys.argv[5] == "shared":
+        share_prompts(base)
     rng = random.Random(0)
     scenes = [sample_scene(rng, *sample_prompt(rng, test=False)) for _ in range(ITEMS)]
 

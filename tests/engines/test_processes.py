@@ -64,10 +64,12 @@ def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------- the update
 
 
-def first_update(manifest: Path, folder: Path, processes: int, strategy: str = "ddp") -> subprocess.Popen[str]:
+def first_update(
+    manifest: Path, folder: Path, processes: int, strategy: str = "ddp", passes: str = "plain"
+) -> subprocess.Popen[str]:
     start = shlex.split(launcher(load({"distributed": {"processes": processes}}), "train_grpo"))
     script = Path(__file__).with_name("first_update.py")
-    return started([*start, str(script), str(manifest), str(folder), str(processes), strategy], folder)
+    return started([*start, str(script), str(manifest), str(folder), str(processes), strategy, passes], folder)
 
 
 def test_two_processes_make_the_first_update_of_one(base_manifest: Path, tmp_path: Path) -> None:
@@ -91,6 +93,23 @@ def test_two_processes_make_the_first_update_of_one(base_manifest: Path, tmp_pat
     update = flat(one["after"]) - flat(one["before"])
     assert (flat(two["after"]) - flat(two["before"]) - update).norm() < 1e-3 * update.norm()
     assert update.abs().max() == pytest.approx(1e-3, rel=1e-3)  # the learning rate
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shared_prompts_make_trls_first_update(base_manifest: Path, tmp_path: Path, processes: int) -> None:
+    found = {}
+    for passes in ("plain", "shared"):
+        folder = tmp_path / passes
+        folder.mkdir()
+        ended(first_update(base_manifest, folder, processes, passes=passes))
+        found[passes] = torch.load(folder / f"{processes}-0.pt")
+    plain, shared = found["plain"], found["shared"]
+    assert torch.equal(flat(plain["before"]), flat(shared["before"])) and plain["reward"] == shared["reward"]
+    gradient = flat(plain["gradients"])
+    assert gradient.norm() > 0.1
+    assert (flat(shared["gradients"]) - gradient).norm() < 1e-5 * gradient.norm()
+    update = flat(plain["after"]) - flat(plain["before"])
+    assert (flat(shared["after"]) - flat(shared["before"]) - update).norm() < 1e-3 * update.norm()
 
 
 # ----------------------------------------------------------------------------------------------------------- the stage

@@ -66,7 +66,7 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (store[:, :, :length] for store in self._stores)
 
 
-def _with_room(states: torch.Tensor, length: int) -> torch.Tensor:
+def _with_room(states: Any, length: int) -> torch.Tensor:
     """Copy of the states in a tensor for `length` tokens."""
     rows, heads, tokens, width = states.shape
     store = states.new_empty(rows, heads, length, width)
@@ -168,7 +168,7 @@ def sample_completions(
     """
     decoding = Decoding(model, inputs, rollouts)
     warpers = warpers_of(sampling)
-    warpers.append(SuppressTokensLogitsProcessor(list(never), decoding.logits.device))
+    warpers.append(SuppressTokensLogitsProcessor(list(never), str(decoding.logits.device)))
     completions: list[list[int]] = [[] for _ in range(len(decoding.logits))]
     alive = list(range(len(completions)))
     for length in range(1, max_tokens + 1):

@@ -66,7 +66,7 @@ def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed
     """
     tokenizer = policy.tokenizer
     device = policy.model.device
-    ends: Any = policy.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends: Any = policy.model.generation_config.eos_token_id
     end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     closing = tokenizer.encode(CLOSE_THINKING + OPEN_ANSWER, add_special_tokens=False)
     opening = tokenizer.encode(OPEN_ANSWER, add_special_tokens=False)
