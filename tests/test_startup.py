@@ -15,7 +15,7 @@ import runpy, sys
 stage = sys.argv[1]
 sys.argv = [stage, "--help"]
 try:
-    runpy.run_module(f"workflow_scripts.{stage}", run_name="__main__")
+    runpy.run_module(f"workflow_scripts.{stage}", run_name="__main__", alter_sys=True)
 except SystemExit as end:
     assert not end.code
 print(*sys.modules, file=sys.stderr)
