@@ -19,7 +19,6 @@ min_version("9.0")
 sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import configuration as configurations
-from workflow_scripts import log_runs, register_policy, summary
 from workflow_scripts import stage_configuration as stages
 from workflow_scripts.locks import Lock
 from workflow_scripts.provenance import code_digest, stage_environment
@@ -42,7 +41,10 @@ onstart:
     LOCK.acquire()
 
 
+# What only an end needs is imported there: a dry run does without.
 onsuccess:
+    from workflow_scripts import log_runs, register_policy, summary
+
     LOCK.release()
     summary.tell_success(configuration, STARTED)
     log_runs.remind(configuration)
@@ -50,6 +52,8 @@ onsuccess:
 
 
 onerror:
+    from workflow_scripts import log_runs, summary
+
     LOCK.release()
     summary.tell_failure(log)
     log_runs.remind(configuration)

@@ -90,7 +90,8 @@ def code_digest(stage: str, engine: str | None = None) -> str:
     docstrings, formatting and import order. Of the rollout engines only the selected one counts.
     """
     closure = module_closure(f"{PACKAGE}.{stage}", engine)
-    return digest("\n".join(f"# {name}\n{_essence(path)}" for name, path in sorted(closure.items())))
+    essences = {name: _read(path.read_text(encoding="utf-8"))[1] for name, path in sorted(closure.items())}
+    return digest("\n".join(f"# {name}\n{essence}" for name, essence in essences.items()))
 
 
 def module_closure(module: str, engine: str | None = None) -> dict[str, Path]:
@@ -107,11 +108,7 @@ def module_closure(module: str, engine: str | None = None) -> dict[str, Path]:
         if path is None or name in found or short in WITHOUT_EFFECT or other_engine:
             continue
         found[name] = path
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        waiting += _read(path.read_text(encoding="utf-8"))[0]
     return found
 
 
@@ -122,8 +119,11 @@ def _module_path(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _essence(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+@cache  # most modules are in the closure of several stages
+def _read(module: str) -> tuple[list[str], str]:
+    """Of a module's text: the names that it imports, wherever it does so, and what the digest covers."""
+    tree = ast.parse(module)
+    imported: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             # A bare string is prose wherever it stands: docstring of a module, a function, a class or an attribute.
@@ -131,10 +131,15 @@ def _essence(path: Path) -> str:
                 n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
             ] or [ast.Pass()]
         if isinstance(node, ast.ImportFrom | ast.Import):
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.Import):
+                imported += names
+            elif node.module:
+                imported += [node.module, *(f"{node.module}.{name}" for name in names)]
             node.names.sort(key=lambda alias: alias.name)
     imports = sorted(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
     rest = [ast.unparse(node) for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
-    return "\n".join(imports + rest)
+    return imported, "\n".join(imports + rest)
 
 
 # ----------------------------------------------------------------------------------------------------------- the files

@@ -468,6 +468,9 @@ STAGES: dict[str, Any] = {
     "rank_own_images": RankOwnImages,
 }
 
+# Those that run a model; the others import no torch and start in a second or two.
+RUN_MODELS = ("cold_start_policy", "train_grpo", "generate_rollouts", "rank_own_images")
+
 
 def same_instance(c: Configuration, stage: str, recorded: dict[str, Any]) -> StageConfig:
     """What this configuration asks of the stage instance (data set, track, seed, ...) of a recorded config."""

@@ -21,7 +21,6 @@ import yaml
 from snakemake.utils import update_config
 from tabulate import tabulate
 
-from workflow_scripts.command_line import tell_briefly
 from workflow_scripts.configuration import Configuration, ConfigurationError, load
 from workflow_scripts.provenance import (
     ROOT,
@@ -146,6 +145,8 @@ def read_configuration(files: list[Path]) -> Configuration:
 
 def main() -> int:
     """Print a table of what does not fit; 1 where there is anything."""
+    from workflow_scripts.command_line import tell_briefly  # here, so that no dry run loads what reads command lines
+
     sys.excepthook = tell_briefly
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="results folder")
