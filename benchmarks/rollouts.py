@@ -1,31 +1,54 @@
 """Rollouts with soft scores: the transformers engine against what a user writes with `generate`, and against vLLM.
 
-python -m benchmarks.rollouts                                    # plain transformers and the transformers engine
-.venv-vllm/bin/python -m benchmarks.rollouts --engines vllm      # all three, in vLLM's environment
+python -m benchmarks.rollouts                                                       # without vLLM
+.venv-vllm/bin/python -m benchmarks.rollouts --contestants plain transformers vllm  # in vLLM's environment, on CPU
 
-Two policies: the bundled one, and Qwen2.5-VL with Qwen's vocabulary and 40 M random parameters outside its embedding,
-whose thoughts never close, so that all contestants generate the same number of tokens.
+Two policies: the bundled one, and a Qwen2.5-VL with Qwen's own vocabulary and 40 M random parameters outside its
+embedding, whose thoughts never end, so that all contestants generate equally many tokens. Greedy scores of the first
+two contestants are compared first.
 """
 
+import argparse
+import gc
+import json
+import os
 import random
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
 import torch
 from PIL import Image
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from workflow_scripts.configuration import Sampling
-from workflow_scripts.policy.loading import Policy
+from benchmarks.measuring import contest, write_rows
+from tests.policy.qwen_vocabulary import processor as qwen_processor
+from workflow_scripts.configuration import Configuration, RolloutsVllm, Sampling, Track
+from workflow_scripts.configuration import Policy as PolicySettings
+from workflow_scripts.policy.loading import Policy, load_policy
+from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages
 from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
+from workflow_scripts.provenance import ROOT, write_json
+from workflow_scripts.rollouts import transformers_engine
 from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
+from workflow_scripts.scoring.pair_accuracy import expected_answer
+from workflow_scripts.stage_configuration import ModelConfig
 
-SAMPLING = Sampling()
-TRACKS = ("imagereward", "hpsv2")
-SIZES = ((84, 84), (112, 70), (70, 126), (168, 168), (60, 60))  # width and height, mixed
+TRACKS: tuple[Track, ...] = ("imagereward", "hpsv2")
+SIZES = ((84, 84), (112, 70), (70, 126), (168, 168), (60, 60))  # width and height of images, mixed
 ROLLOUTS = (1, 3, 8)
+BUNDLED = "models/tiny-qwen2.5-vl"
+# Prompts with four images each, items of a batch, largest image in pixels.
+SCALES = {"bundled": (32, 64, 84 * 84), "larger": (2, 8, 168 * 168)}
 
 
-def questions(prompts: int) -> tuple[dict[str, list[Item]], dict[str, Image.Image]]:
+def questions(prompts: int) -> tuple[dict[Track, list[Item]], dict[str, Image.Image]]:
     """Items of each track about four synthetic images of each prompt, and the images, of mixed sizes."""
     rng = random.Random("throughput")
     rows: list[dict[str, Any]] = []
@@ -42,16 +65,46 @@ def questions(prompts: int) -> tuple[dict[str, list[Item]], dict[str, Image.Imag
     }, images
 
 
+def write_larger_policy(folder: Path) -> None:
+    """Write a Qwen2.5-VL with random weights: 40 M parameters outside its embedding, Qwen's vocabulary."""
+    processor = qwen_processor(shortest_edge=28 * 28, longest_edge=SCALES["larger"][2])
+    token_id = processor.tokenizer.convert_tokens_to_ids
+    text: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 512, "intermediate_size": 1536}
+    text |= {"num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 2}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}}
+    text |= {"eos_token_id": token_id("<|im_end|>"), "pad_token_id": token_id("<|endoftext|>"), "bos_token_id": None}
+    vision = {"depth": 6, "hidden_size": 320, "intermediate_size": 1280, "num_heads": 8, "out_hidden_size": 512}
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision | {"fullatt_block_indexes": [2, 5]},
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(eos_token_id=text["eos_token_id"], pad_token_id=text["pad_token_id"])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 @torch.no_grad()
 def plain(
-    policy: Policy, items: list[Item], images: dict[str, Image.Image], rollouts: int, batch_items: int
+    policy: Policy,
+    items: list[Item],
+    images: dict[str, Image.Image],
+    rollouts: int,
+    batch_items: int,
+    sampling: Sampling,
 ) -> list[float]:
     """What a user writes: `generate(num_return_sequences=k)`, then a second forward pass for the answer's logits."""
     model: Any = policy.model
     processor: Any = policy.processor
     answer_ids = torch.tensor(policy.answer_token_ids)
     opening = policy.tokenizer.encode(OPEN_ANSWER, add_special_tokens=False)
-    budget = SAMPLING.max_thinking_tokens + SAMPLING.max_answer_tokens
+    budget = sampling.max_thinking_tokens + sampling.max_answer_tokens
     budget += len(policy.tokenizer.encode(CLOSE_THINKING + OPEN_ANSWER, add_special_tokens=False))
     scores = []
     for start in range(0, len(items), batch_items):
@@ -65,10 +118,7 @@ def plain(
         )
         ids = model.generate(
             **inputs,
-            do_sample=True,
-            temperature=SAMPLING.temperature,
-            top_p=SAMPLING.top_p,
-            top_k=SAMPLING.top_k,
+            do_sample=sampling.temperature > 0,
             max_new_tokens=budget,
             num_return_sequences=rollouts,
         )
@@ -96,3 +146,76 @@ def plain(
         chosen = logits[torch.arange(len(logits)), position][:, answer_ids].double().softmax(-1)
         scores += (chosen @ torch.tensor(policy.answers, dtype=torch.double)).tolist()
     return scores
+
+
+def engine(
+    generate: Callable[..., Any],
+    policy: Policy,
+    items: list[Item],
+    images: dict[str, Image.Image],
+    rollouts: int,
+    batch_items: int,
+    sampling: Sampling,
+) -> list[float]:
+    """Scores by one of the project's engines, in the order of the items."""
+    rows = generate(
+        policy, items, images, rollouts=rollouts, first_k=0, sampling=sampling, batch_items=batch_items, seed="s"
+    )
+    score = {(r["item_id"], r["k"]): float(expected_answer(r["answer_logprobs"], policy.answers)) for r in rows}
+    return [score[item.item_id, k] for item in items for k in range(rollouts)]
+
+
+def main() -> None:
+    """Measure, and write results/rollouts.csv."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--contestants", nargs="+", choices=["plain", "transformers", "vllm"])
+    parser.add_argument("--policies", nargs="+", choices=list(SCALES), default=list(SCALES))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.set_defaults(contestants=["plain", "transformers"])
+    arguments = parser.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for scale in arguments.policies:
+            prompts, batch_items, pixels = SCALES[scale]
+            folder = ROOT / BUNDLED
+            if scale == "larger":
+                write_larger_policy(folder := Path(temporary) / "larger")
+            manifest = Path(temporary) / f"{scale}.json"
+            write_json(manifest, {"path": str(folder), "files": model_files(folder)})
+            by_track, images = questions(prompts)
+            for track in TRACKS:
+                c = Configuration(policy=PolicySettings(max_pixels=pixels))
+                model = load_policy(manifest, None, ModelConfig.of(c, track))
+                works: dict[str, Callable[..., Any]] = {
+                    "plain": partial(plain, model),
+                    "transformers": partial(engine, transformers_engine.generate, model),
+                }
+                if "vllm" in arguments.contestants:
+                    from workflow_scripts.rollouts import vllm_engine
+
+                    vllm = vllm_engine.load_into_vllm(manifest, None, ModelConfig.of(c, track), RolloutsVllm())
+                    works["vllm"] = partial(engine, vllm_engine.generate, vllm)
+                items = by_track[track]
+                asked = (items, images)
+                if scale == "bundled":  # whose thoughts end by themselves, so that no answer is forced
+                    greedy = [works[name](*asked, 1, batch_items, Sampling(temperature=0)) for name in list(works)[:2]]
+                    np.testing.assert_allclose(*greedy, atol=1e-3)
+                for threads in arguments.threads:
+                    torch.set_num_threads(threads)
+                    for k in ROLLOUTS:
+                        contestants = {
+                            name: partial(works[name], *asked, k, batch_items, Sampling())
+                            for name in arguments.contestants
+                        }
+                        for row in contest(contestants, arguments.rounds):
+                            case = {"policy": scale, "track": track, "threads": threads, "items": len(items), "k": k}
+                            print(json.dumps(case | row), flush=True)
+                            found.append(case | row)
+                del model, works
+                gc.collect()
+    write_rows("rollouts", found)
+
+
+if __name__ == "__main__":
+    main()

@@ -302,7 +302,7 @@ class Training(Section):
     """Training items (states s) in one step. Many items, few completions each: so the tiny policy learns steadily."""
     group_size: int = Field(4, ge=2)
     """Completions sampled for each item, G."""
-    gradient_accumulation: int = Field(2, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
     """Parts in which one step's completions pass through the model: less memory, same result but for rounding."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate, reached by linear warm-up."""

@@ -86,6 +86,21 @@ def test_values_and_gradients_are_those_of_the_plain_pass(batch: Any, base_manif
         torch.testing.assert_close(shared_gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
+def test_rows_of_different_prompts_share_nothing(batch: Any, base_manifest: Any) -> None:
+    track, inputs, _ = batch
+    shown = len(inputs["image_grid_thw"]) // 12
+    order = np.unique(inputs["input_ids"][:, :-8].numpy(), axis=0, return_index=True)[1][:2]
+    pixels = inputs["pixel_values"].unflatten(0, (12, -1))[order].flatten(0, 1)
+    grids = inputs["image_grid_thw"].unflatten(0, (12, shown))[order].flatten(0, 1)
+    words = {name: inputs[name][order] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    found = [
+        adapted(base_manifest, track, share)(**words, pixel_values=pixels, image_grid_thw=grids, use_cache=False).logits
+        for share in (False, True)
+    ]
+    own = words["attention_mask"] == 1
+    torch.testing.assert_close(found[0][own], found[1][own], rtol=0, atol=1e-3)
+
+
 def test_each_image_is_encoded_once_and_each_prompt_computed_once(batch: Any, base_manifest: Any) -> None:
     track, inputs, _ = batch
     model = adapted(base_manifest, track, share=True)
@@ -103,31 +118,47 @@ def test_each_image_is_encoded_once_and_each_prompt_computed_once(batch: Any, ba
     assert shared >= prompt_length - 8
 
 
-def test_with_a_cache_or_without_images_it_is_the_models_own_pass(batch: Any, base_manifest: Any) -> None:
+def test_a_prefill_encodes_each_image_once(batch: Any, base_manifest: Any) -> None:
+    track, inputs, _ = batch
+    plain, shared = adapted(base_manifest, track, False).eval(), adapted(base_manifest, track, True).eval()
+    encoded = []
+    visual = shared.get_base_model().base_model.visual
+    visual.register_forward_pre_hook(lambda _, args, kwargs: encoded.append(len(args[0])), with_kwargs=True)
+    with torch.no_grad():
+        expected, found = (model(**inputs, use_cache=True) for model in (plain, shared))
+    assert encoded == [len(inputs["pixel_values"]) // 4]
+    own = inputs["attention_mask"] == 1
+    torch.testing.assert_close(found.logits[own], expected.logits[own], rtol=0, atol=1e-3)
+    assert found.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+
+
+def test_without_images_it_is_the_models_own_pass(batch: Any, base_manifest: Any) -> None:
     track, inputs, _ = batch
     plain, shared = adapted(base_manifest, track, False).eval(), adapted(base_manifest, track, True).eval()
     words = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     words["input_ids"] = words["input_ids"].clamp(max=5)
     with torch.no_grad():
-        for asked in (inputs | {"use_cache": True}, words | {"use_cache": False}):
-            assert torch.equal(shared(**asked).logits, plain(**asked).logits)
+        assert torch.equal(shared(**words, use_cache=False).logits, plain(**words, use_cache=False).logits)
 
 
 @given(
     rows=st.lists(
         st.tuples(st.integers(0, 1), st.lists(st.integers(0, 1), min_size=5, max_size=5)), min_size=1, max_size=8
-    )
+    ),
+    at_least=st.integers(1, 4),
 )
-def test_the_prefix_that_spares_most_is_shared_by_equal_rows_alone(rows: list[tuple[int, list[int]]]) -> None:
+def test_the_prefix_that_spares_most_is_shared_by_equal_rows_alone(
+    rows: list[tuple[int, list[int]]], at_least: int
+) -> None:
     images = np.array([[image] for image, _ in rows])
     ids = torch.tensor([tokens for _, tokens in rows])
-    shared, first, group = shared_prefix(ids, torch.ones_like(ids), images)
+    shared, first, group = shared_prefix(ids, torch.ones_like(ids), images, at_least)
 
     def cost(length: int) -> int:
         groups = {(image, *tokens[:length]) for image, tokens in rows}
         return len(groups) * length + len(rows) * (5 - length)
 
-    assert cost(shared) == min(cost(length) for length in range(1, 5))
+    assert cost(shared) == min(cost(length) for length in range(at_least, 5))
     assert group[first].tolist() == list(range(len(first)))
     for i, j in itertools.combinations(range(len(rows)), 2):
         alike = rows[i][0] == rows[j][0] and rows[i][1][:shared] == rows[j][1][:shared]
@@ -138,7 +169,7 @@ def test_rows_that_differ_in_their_mask_do_not_share() -> None:
     ids = torch.zeros(2, 6, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[1, 0] = 0
-    _, first, _ = shared_prefix(ids, mask, np.zeros((2, 1), dtype=int))
+    _, first, _ = shared_prefix(ids, mask, np.zeros((2, 1), dtype=int), 1)
     assert len(first) == 2
 
 

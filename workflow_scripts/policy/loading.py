@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER, messages
+from workflow_scripts.policy.shared_prompts import share_prompts
 from workflow_scripts.stage_configuration import ModelConfig
 
 ANOTHER_BASE = "set policy.source and what belongs to it to a vision-language model with weights as safetensors"
@@ -115,6 +116,7 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
         PolicyError: the base policy or the adapter cannot be loaded.
     """
     model: Any = load_model(manifest, config)
+    share_prompts(model)
     if adapter is not None:
         if not (adapter / "adapter_model.safetensors").is_file():  # PEFT would go on to a pickle, or to the Hub
             raise PolicyError(f"{adapter} holds no adapter_model.safetensors; train the adapter again")

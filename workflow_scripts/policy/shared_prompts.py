@@ -1,8 +1,9 @@
-"""GRPO's forward passes with each prompt and each image computed once for all completions of their group.
+"""Passes through the model that compute equal things once: an image for all rows that show it, a prompt for its group.
 
 A batch of GRPO repeats every prompt `group_size` times, and the prompt is the longer part of most rows. Under causal
 attention equal prefixes of rows have equal states: they are computed once, and the rest of each row attends to them.
-Values and gradients are those of the plain pass, up to the order of sums.
+In a batch of pairs the anchor's image is in several rows. Values and gradients are those of the plain pass, up to the
+order of sums.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ class SharedPrompts:
         mm_token_type_ids: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """The model's own pass; where it is one over whole rows with images, without a cache, a shared one.
+        """The model's own pass, each image encoded once; over whole rows, without a cache, equal prefixes are shared.
 
         `input_ids`, `attention_mask` and `mm_token_type_ids` are (rows, tokens), `image_grid_thw` is (images, 3), as
         many for each row; `pixel_values` has the patches of all images one after the other.
@@ -46,8 +47,8 @@ class SharedPrompts:
             or mm_token_type_ids is None
             or pixel_values is None
             or image_grid_thw is None
-            or options.get("use_cache") is not False
             or len(image_grid_thw) % len(input_ids)
+            or options.get("mm_encoder_outputs") is not None
         ):
             return plain(**rows, pixel_values=pixel_values, image_grid_thw=image_grid_thw, **options)
         pictures = pixel_values.split(image_grid_thw.prod(-1).tolist())
@@ -57,12 +58,16 @@ class SharedPrompts:
             torch.cat([pictures[i] for i in once]), image_grid_thw[once], return_dict=True
         )
         feature_of = dict(zip(once, features.pooler_output, strict=True))
-        if model.training and model.is_activation_checkpointing:  # which has no cache: images alone are shared
-            features.pooler_output = tuple(feature_of[i] for i in same)
-            return plain(**rows, image_grid_thw=image_grid_thw, mm_encoder_outputs={"image": features}, **options)
-
+        options["mm_encoder_outputs"] = {"image": features}
         images_of = np.asarray(same).reshape(len(input_ids), -1)
-        shared, first, group = shared_prefix(input_ids, attention_mask, images_of)
+        last_image = int(mm_token_type_ids.any(0).nonzero().max())
+        shared, first, group = shared_prefix(input_ids, attention_mask, images_of, last_image + 1)
+        checkpointing = model.training and model.is_activation_checkpointing  # which has no use of a cache
+        in_one = checkpointing or options.get("use_cache") is not False or options.get("position_ids") is not None
+        if in_one or len(first) == len(input_ids):
+            features.pooler_output = tuple(feature_of[i] for i in same)
+            return plain(**rows, image_grid_thw=image_grid_thw, **options)
+
         of = torch.from_numpy(group).to(input_ids.device)
         shown = np.arange(len(same)).reshape(images_of.shape)[first].ravel().tolist()
         features.pooler_output = tuple(feature_of[same[i]] for i in shown)
@@ -70,14 +75,13 @@ class SharedPrompts:
         positions, _ = model.get_rope_index(image_grid_thw=image_grid_thw[shown], **prefixes)
         cache = DynamicCache(config=model.config)
         options |= {"past_key_values": cache, "use_cache": True}
-        prompts = plain(**prefixes, position_ids=positions, mm_encoder_outputs={"image": features}, **options)
+        prompts = plain(**prefixes, **options | {"position_ids": positions})
         cache.batch_select_indices(of)
         after = torch.arange(1, input_ids.shape[1] - shared + 1, device=input_ids.device)
         rest = plain(
             input_ids=input_ids[:, shared:],
             attention_mask=attention_mask,
-            position_ids=positions[..., -1:].index_select(-2, of) + after,
-            **options,
+            **options | {"position_ids": positions[..., -1:].index_select(-2, of) + after, "mm_encoder_outputs": None},
         )
         rest.last_hidden_state = torch.cat([prompts.last_hidden_state.index_select(0, of), rest.last_hidden_state], 1)
         rest.past_key_values = None
@@ -99,20 +103,20 @@ def first_equal(pictures: tuple[torch.Tensor, ...], grids: list[list[int]]) -> l
 
 
 def shared_prefix(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, images_of: NDArray[np.intp]
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, images_of: NDArray[np.intp], at_least: int
 ) -> tuple[int, list[int], NDArray[np.intp]]:
     """Length of prefix whose sharing spares most, the first row of each group that shares one, and each row's group.
 
     Rows, (rows, tokens), share a prefix if its tokens, its mask and all their images, (rows, images of a row), are
     equal. With a prefix of n tokens, g groups and r rows of t tokens, g n + r (t - n) tokens are computed instead of
-    r t. At least the last token is each row's own.
+    r t. It has `at_least` so many tokens, and at least the last token is each row's own.
     """
     tokens = (2 * input_ids + attention_mask).cpu().numpy()
     order = np.lexsort(np.concatenate([tokens.T[::-1], images_of.T[::-1]]))
     tokens, images = tokens[order], images_of[order]
     differ = np.concatenate([tokens[1:] != tokens[:-1], np.ones((len(tokens) - 1, 1), dtype=bool)], 1)
     common = np.where((images[1:] == images[:-1]).all(1), differ.argmax(1), 0)  # tokens, of a row and the one before
-    lengths = np.arange(1, tokens.shape[1])
+    lengths = np.arange(min(at_least, tokens.shape[1] - 1), tokens.shape[1])
     groups = 1 + (common[:, None] < lengths).sum(0)
     shared = int(lengths[(groups * lengths + len(tokens) * (tokens.shape[1] - lengths)).argmin()])
     group = np.empty(len(tokens), dtype=np.intp)
