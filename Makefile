@@ -20,7 +20,7 @@ INSTALLED := .venv/requirements.lock
 ENVIRONMENT_GB := $(if $(filter Linux,$(shell uname -s)),8,2)
 DOWNLOAD_GB := $(if $(filter Linux,$(shell uname -s)),4,1)
 
-.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs site reruns reliability lock vllm-cpu vllm-gpu test-vllm lock-vllm
+.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs site reruns bench reliability lock vllm-cpu vllm-gpu test-vllm lock-vllm
 
 help: ## list what there is
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -102,6 +102,9 @@ site: setup ## docs/ as a web site in site/, its links checked; OPTIONS=... of m
 reruns: setup ## docs/reruns.md, from dry runs on a finished run of configs/test.yaml (makes that first: minutes)
 	$(BIN)/snakemake --cores all --configfile configs/test.yaml
 	$(BIN)/python -m workflow_scripts.rerun_matrix
+
+bench: setup ## the benchmarks of docs/performance.md, on a quiet machine: benchmarks/results/*.csv
+	@for name in rollouts grpo_step data growth startup; do $(BIN)/python -m benchmarks.$$name; done
 
 reliability: setup ## the counts of docs/reliability.md, from the tests that there are
 	$(BIN)/python tests/reliability.py

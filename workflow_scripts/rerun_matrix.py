@@ -37,8 +37,6 @@ CHOSEN: dict[str, Any] = {
     "datasets.own.annotations": "pairs.jsonl",
     "ranking.images": "examples/prompts.csv",
     "policy.image_processor": {"do_normalize": False},
-    "training.imagereward.generation": "transformers",  # vLLM needs a GPU there
-    "training.hpsv2.generation": "transformers",
 }
 # Configurations that between them use every rule.
 SOURCES: list[dict[str, Any]] = [

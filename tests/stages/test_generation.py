@@ -35,7 +35,7 @@ def rollouts(c: Any) -> str:
 def test_vllm_does_not_exist_for_what_transformers_generates() -> None:
     default = load({"policy": {"device": "cuda"}})
     plain = TrainGrpo.of(default, "hpsv2", 0).canonical()
-    assert "vllm" not in plain + rollouts(default) and "generation" not in plain
+    assert "vllm" not in plain + rollouts(default)
     assert TrainGrpo.of(training(vllm=TRAINING_VLLM), "hpsv2", 0).canonical() == plain
     told = load({"policy": {"device": "cuda"}, "rollouts": {"vllm": ROLLOUTS_VLLM}, "vllm_python": "/elsewhere"})
     assert rollouts(told) == rollouts(default)
@@ -48,7 +48,9 @@ def test_where_vllm_generates_each_of_its_keys_counts() -> None:
     assert len(found | {plain, rollouts(load({}))}) == len(ROLLOUTS_VLLM) + 2
     assert rollouts(load({"rollouts": chosen, "vllm_python": "/elsewhere"})) == plain
     configs = [training(generation="vllm_colocate", vllm={key: value}) for key, value in TRAINING_VLLM.items()]
-    configs += [training(generation=generation) for generation in ("transformers", "vllm_colocate", "vllm_server")]
+    configs += [
+        training(generation=generation) for generation in ("transformers", "trl", "vllm_colocate", "vllm_server")
+    ]
     assert len({TrainGrpo.of(c, "hpsv2", 0).canonical() for c in configs}) == len(configs)
     for c in configs:  # what a stage reads back is what was configured
         written = TrainGrpo.of(c, "hpsv2", 0)

@@ -1,0 +1,101 @@
+"""CPU seconds of a GRPO step: TRL's trainer alone against the stage's defaults, same data, seed and rewards.
+
+python -m benchmarks.grpo_step
+
+Each contestant is the stage `train_grpo` on the default's model and training data, as a process, without validation
+but the first and the last; a step is the difference between a longer and a shorter training, over its steps.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import process_cost, write_rows
+from workflow_scripts.configuration import Track, load
+from workflow_scripts.provenance import ROOT
+from workflow_scripts.stage_configuration import TrainGrpo
+
+TRACKS: tuple[Track, ...] = ("imagereward", "hpsv2")
+CONTESTANTS: dict[str, dict[str, Any]] = {
+    "TRL": {"generation": "trl", "share_prompts": False},
+    "engine's loop": {"share_prompts": False},
+    "shared prompts": {"generation": "trl"},
+    "both": {},
+}
+FEW, MANY = 1, 5
+
+
+def data(folder: Path, steps: int) -> dict[str, Any]:
+    """Configuration of the default with few validation and test prompts, its results in this folder."""
+    sizes = {
+        "imagereward": {"synthetic": {"validation_prompts": 4, "test_prompts": 4}},
+        "hpsv2": {"synthetic": {"test_prompts": 4}},
+    }
+    used = {"validation_prompts": 4, "test_prompts": 4}
+    return {
+        "results": str(folder),
+        "downloads": str(folder / "downloads"),
+        "datasets": {name: own | used for name, own in sizes.items()},
+        "training": {track: {"steps": steps, "validate_every": steps, "warmup_steps": 0} for track in TRACKS},
+    }
+
+
+def training(folder: Path, track: Track, steps: int, choice: dict[str, Any]) -> float:
+    """CPU seconds of a training."""
+    raw = data(folder, steps)
+    raw["training"][track] |= choice
+    with tempfile.TemporaryDirectory() as temporary:
+        out, inputs = Path(temporary), folder / "datasets" / track
+        files = {"base": folder / "policies/base/manifest.json"}
+        for split in ("train", "validation"):
+            files |= {
+                split: inputs / split / "subset.parquet",
+                f"{split}_images": inputs / split / "images-0000.parquet",
+            }
+        files |= {"adapter": out / "adapter_model.safetensors", "adapter_config": out / "adapter_config.json"}
+        files |= {"record": out / "training.json", "checkpoints": out / "checkpoints"}
+        command = [sys.executable, "-m", "workflow_scripts.train_grpo"]
+        command += ["--config", TrainGrpo.of(load(raw), track, 0).canonical()]
+        command += [word for name, path in files.items() for word in (f"--{name}", str(path))]
+        untracked = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+        environment = untracked | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return process_cost(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).cpu
+
+
+def main() -> None:
+    """Make the data, measure, and write results/grpo_step.csv."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "results"
+        configuration = Path(temporary) / "config.json"
+        configuration.write_text(json.dumps(data(folder, MANY)))
+        splits = [f"{folder}/datasets/{t}/{s}/images-0000.parquet" for t in TRACKS for s in ("train", "validation")]
+        command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--nolock"]
+        command += [*splits, f"{folder}/policies/base/manifest.json", "--configfile", str(configuration)]
+        subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+        for track in TRACKS:
+            steps: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+            for _ in range(rounds):
+                for name, choice in CONTESTANTS.items():
+                    few, many = (training(folder, track, count, choice) for count in (FEW, MANY))
+                    steps[name].append((many - few) / (MANY - FEW))
+            for name, own in steps.items():
+                speedup = statistics.median(a / b for a, b in zip(steps["TRL"], own, strict=True))
+                row = {"track": track, "contestant": name, "cpu_seconds_a_step": round(statistics.median(own), 3)}
+                row |= {"speedup": round(speedup, 2), "rounds": rounds}
+                print(json.dumps(row), flush=True)
+                found.append(row)
+    write_rows("grpo_step", found)
+
+
+if __name__ == "__main__":
+    main()
