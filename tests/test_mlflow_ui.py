@@ -203,7 +203,9 @@ def test_a_training_shows_its_curves(pages: Pages, page: Any) -> None:
         heading = page.get_by_text(re.compile(rf"^{group}\s*\(\d+\)$"))
         heading.first.scroll_into_view_if_needed()
         expect(heading.first).to_be_visible()
-        expect(page.get_by_text(curve, exact=True).first).to_be_attached()
+        shown = page.get_by_text(curve, exact=True).locator("visible=true").first
+        shown.scroll_into_view_if_needed()
+        expect(shown).to_be_visible()
     expect(page.locator("path.js-line").first).to_be_attached()
     keep(page, "curves")
 

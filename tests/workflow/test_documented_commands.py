@@ -18,6 +18,8 @@ from typing import NamedTuple
 import pytest
 from checkout import Workflow, environment
 
+from workflow_scripts.policy.prompts import RATINGS
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("models/*/README.md"))]
 BLOCK = re.compile(r"^( *)```bash(?: title=\"([^\"]*)\")?\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -156,8 +158,10 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
         if command.text in ("make setup", "source .venv/bin/activate", "snakemake --cores all"):
             continue  # the environment is this one; the last is the whole default
         if command.text.startswith("pytest"):
-            with pytest.raises(AssertionError, match=r"1 failed"):
+            with pytest.raises(AssertionError, match=rf"\b{len(RATINGS)} failed, ") as failed:
                 run(checkout, command.text)
+            wrong = re.findall(r"^ *FAILED \S+::(\w+)\[(\d)\]", str(failed.value), flags=re.MULTILINE)
+            assert wrong == [("test_ratings_are_rewarded_by_their_distance", str(rating)) for rating in RATINGS]
         elif command.text.startswith("diff"):
             with pytest.raises(AssertionError, match=r"[<>]"):
                 run(checkout, command.text)
