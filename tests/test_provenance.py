@@ -128,8 +128,8 @@ def test_a_touch_changes_no_digest(package: Path) -> None:
         ("scoring/image_scores.py", '"soft", "hard"', '"hard", "soft"', {"score_rollouts"}),
         (
             "scoring/bootstrap.py",
-            'method="percentile"',
-            'method="basic"',
+            "(1 - confidence) / 2",
+            "(1 - confidence) / 3",
             {"measure_accuracy", "make_tables", "make_figures"},
         ),
         (

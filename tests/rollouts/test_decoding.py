@@ -11,8 +11,9 @@ from scipy.stats import chisquare
 from transformers.cache_utils import DynamicLayer
 
 from workflow_scripts.configuration import Sampling
+from workflow_scripts.policy.key_values import RoomyLayer, closed_up
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.rollouts.decoding import RoomyLayer, closed_up, draw, sample_completions, warpers_of
+from workflow_scripts.rollouts.decoding import draw, sample_completions, warpers_of
 
 
 def drawn(logits: list[float], count: int, **sampling: Any) -> Counter[int]:

@@ -13,12 +13,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLModel, Qwen2VLModel
 
+from workflow_scripts.policy.prompt_attention import PROMPT_ONCE
+
 
 def share_prompts(model: PreTrainedModel) -> None:
     """Let a Qwen2-VL or Qwen2.5-VL share prompts; other families, whose images come in other ways, stay as they are."""
     backbone: Any = model.base_model
     if isinstance(backbone, Qwen2VLModel | Qwen2_5_VLModel):
         backbone.__class__ = type(type(backbone).__name__, (SharedPrompts, type(backbone)), {})
+        if backbone.language_model.config._attn_implementation == "sdpa":
+            backbone.language_model.set_attn_implementation(PROMPT_ONCE)
 
 
 class SharedPrompts:

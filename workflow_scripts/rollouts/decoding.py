@@ -8,70 +8,16 @@ from typing import Any
 
 import torch
 from transformers import (
-    DynamicCache,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
 
 from workflow_scripts.configuration import Sampling
-
-ROOM = 64  # tokens of a new store beyond what is in it
-
-
-class RoomyLayer(DynamicLayer):
-    """Layer of a cache with room for tokens to come: a new one is written where the plain layer copies all before it.
-
-    `keys` and `values` are views of the store, of shape (rows, heads, tokens so far, width of a head).
-    """
-
-    def __init__(self) -> None:
-        """Room is made when it is needed first."""
-        super().__init__()
-        self._stores: list[torch.Tensor] = []
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the states of new tokens, (rows, heads, tokens, width), and return those of all."""
-        before = self.get_seq_length()
-        if not before:
-            return super().update(key_states, value_states, *args, **kwargs)
-        after = before + key_states.shape[-2]
-        if not self._stores or self._stores[0].shape[-2] < after:
-            self._stores = [_with_room(states, after + ROOM) for states in (self.keys, self.values)]
-        for store, states in zip(self._stores, (key_states, value_states), strict=True):
-            store[:, :, before:after] = states
-        self.keys, self.values = (store[:, :, :after] for store in self._stores)
-        return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._stores = []
-        super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, in this order; only those that change their place are copied."""
-        if not self._stores:
-            super().batch_select_indices(indices)
-            return
-        length = self.get_seq_length()
-        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
-        for store in self._stores:
-            store[moved, :, :length] = store[indices[moved], :, :length]
-        self._stores = [store[: len(indices)] for store in self._stores]
-        self.keys, self.values = (store[:, :, :length] for store in self._stores)
-
-
-def _with_room(states: Any, length: int) -> torch.Tensor:
-    """Copy of the states in a tensor for `length` tokens."""
-    rows, heads, tokens, width = states.shape
-    store = states.new_empty(rows, heads, length, width)
-    store[:, :, :tokens] = states
-    return store
+from workflow_scripts.policy.key_values import closed_up, roomy_cache
+from workflow_scripts.policy.prompt_attention import PROMPT_ONCE, PromptStates
 
 
 class Decoding:
@@ -82,45 +28,48 @@ class Decoding:
 
     @torch.no_grad()
     def __init__(self, model: Any, inputs: Any, rollouts: int) -> None:
-        """Prefill `inputs`, as of a processor with padding on the left, and repeat each prompt `rollouts` times."""
+        """Prefill `inputs`, as of a processor with padding on the left, and go on `rollouts` times from each prompt."""
         self._model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         # The model's own positions, as in its `generate`: (rows, tokens), or one such plane for each axis of a 3D
         # rotation.
         prefilled = inner._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
-        cache = DynamicCache(config=inner.config)
-        # Layers that forget, as of a sliding window, stay what they are.
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache = roomy_cache(inner.config)
         out = model(**inputs, position_ids=prefilled, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
-        self._cache.batch_repeat_interleave(rollouts)
-        self._mask = inputs["attention_mask"].repeat_interleave(rollouts, 0)
+        self._cache, self._mask, self._prompts = out.past_key_values, inputs["attention_mask"], None
+        if inner.get_decoder().config._attn_implementation == PROMPT_ONCE:
+            self._prompts = PromptStates(self._cache, self._mask, rollouts)
+            self._cache = roomy_cache(inner.config)
+        else:
+            self._cache.batch_repeat_interleave(rollouts)
+            self._mask = self._mask.repeat_interleave(rollouts, 0)
         self._positions = (prefilled[..., -1:] + 1).repeat_interleave(rollouts, -2)
         self.logits = out.logits[:, -1].float().repeat_interleave(rollouts, 0)
 
     @torch.no_grad()
     def step(self, keep: Sequence[int], tokens: Sequence[int]) -> None:
         """Go on with these rows alone, each with its next token; they are numbered anew from 0, in the order given."""
-        if len(keep) < len(self._mask):
-            index = torch.tensor(keep, device=self._mask.device)
+        if len(keep) < len(self.logits):
+            index = torch.tensor(keep, device=self.logits.device)
             self._cache.batch_select_indices(index)
-            self._mask, self._positions = self._mask[index], self._positions[..., index, :]
-        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], 1)
+            self._positions = self._positions[..., index, :]
+            if self._prompts:
+                self._prompts.keep(keep)
+            else:
+                self._mask = self._mask[index]
+        if self._prompts:
+            attended = {"attention_mask": self._prompts.mask, "prompts": self._prompts}
+        else:
+            self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], 1)
+            attended = {"attention_mask": self._mask}
         out = self._model(
-            input_ids=torch.tensor([[token] for token in tokens], device=self._mask.device),
-            attention_mask=self._mask,
+            input_ids=torch.tensor([[token] for token in tokens], device=self.logits.device),
+            **attended,
             position_ids=self._positions,
             past_key_values=self._cache,
             use_cache=True,
         )
         self.logits, self._positions = out.logits[:, -1].float(), self._positions + 1
-
-
-def closed_up(keep: Sequence[int]) -> list[int]:
-    """Rows to keep, in the order that moves the fewest: the last of them take the places of those that leave."""
-    kept = set(keep)
-    movers = iter(row for row in keep if row >= len(keep))
-    return [row if row in kept else next(movers) for row in range(len(keep))]
 
 
 def warpers_of(sampling: Sampling) -> LogitsProcessorList:

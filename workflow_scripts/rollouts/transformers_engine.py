@@ -12,9 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from workflow_scripts.configuration import Sampling
+from workflow_scripts.policy.key_values import closed_up
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
-from workflow_scripts.rollouts.decoding import Decoding, closed_up, draw, warpers_of
+from workflow_scripts.rollouts.decoding import Decoding, draw, warpers_of
 from workflow_scripts.rollouts.items import Item, stable_random
 
 
