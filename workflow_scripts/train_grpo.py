@@ -43,6 +43,7 @@ from workflow_scripts.configuration import Sampling, Training
 from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import ANSWERS, messages
+from workflow_scripts.policy.shared_images import process_images_once
 from workflow_scripts.policy.shared_prompts import share_prompts
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, check_schema, read_table
@@ -425,6 +426,7 @@ def main() -> None:
         for split, path in {"train": arguments.train_images, "validation": arguments.validation_images}.items():
             sizes[split], read_image[split] = image_reader(path, folder / "images")
         processor, base = load_processor(arguments.base, config.model), load_model(arguments.base, config.model)
+        process_images_once(processor)
         check_adapted_layers(base, t.lora.target_modules)
         if t.generation == "vllm_colocate":
             with settings.main_process_first():
@@ -455,9 +457,12 @@ def main() -> None:
 
         def example(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
             chosen = [items[i] for i in batch["item"]]
+            # One object for all rows that show an image: whoever copies or processes it can do so once.
+            names = {name for item, _ in chosen for name in item.image_ids}
+            shown = {name: read_image["train"](name) for name in names}
             return {
                 "prompt": [messages(config.model.template, item.prompt) for item, _ in chosen],
-                "images": [[read_image["train"](name) for name in item.image_ids] for item, _ in chosen],
+                "images": [[shown[name] for name in item.image_ids] for item, _ in chosen],
                 "target": [target for _, target in chosen],
             }
 

@@ -132,6 +132,105 @@ def test_a_prefill_encodes_each_image_once(batch: Any, base_manifest: Any) -> No
     assert found.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
 
 
+def counted(model: Any) -> tuple[Any, list[int]]:
+    """The part below the head, and the number of patches of each pass through the vision tower."""
+    backbone = model.get_base_model().base_model
+    encoded: list[int] = []
+    backbone.visual.register_forward_pre_hook(lambda _, args, kwargs: encoded.append(len(args[0])), with_kwargs=True)
+    return backbone, encoded
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_passes_over_the_same_images_encode_them_once(batch: Any, base_manifest: Any, checkpointing: bool) -> None:
+    track, inputs, _ = batch
+    model = adapted(base_manifest, track, share=True)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+    backbone, encoded = counted(model)
+    with torch.no_grad():
+        first = backbone(**inputs, use_cache=False).last_hidden_state
+    for _ in range(2):  # the second has a graph of its own
+        again = backbone(**inputs, use_cache=False).last_hidden_state
+        # Checkpointing has no shared prompts, and so another order of sums.
+        own = inputs["attention_mask"] == 1
+        torch.testing.assert_close(again[own], first[own], rtol=0, atol=2e-4 if checkpointing else 0)
+        again.sum().backward()
+    assert len(encoded) == 1
+    shown = len(inputs["image_grid_thw"]) // 12
+    some = {name: inputs[name][:1] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    some["image_grid_thw"] = inputs["image_grid_thw"][:shown]
+    patches = int(some["image_grid_thw"].prod(-1).sum())
+    backbone(**some, pixel_values=inputs["pixel_values"][:patches], use_cache=False)
+    assert len(encoded) == 1  # a part of them
+    backbone(**some, pixel_values=inputs["pixel_values"][:patches] + 0.1, use_cache=False)
+    assert len(encoded) == 2
+    assert len(backbone._kept[1]) == patches  # and no others
+    assert encoded[1] == patches
+
+
+def written(weight: torch.nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.mul_(1.5)
+
+
+def replaced(weight: torch.nn.Parameter) -> None:
+    weight.data = weight.data * 1.5
+
+
+@pytest.mark.parametrize("change", [written, replaced])
+def test_a_changed_vision_tower_encodes_anew(batch: Any, base_manifest: Any, change: Any) -> None:
+    track, inputs, _ = batch
+    plain, shared = adapted(base_manifest, track, False), adapted(base_manifest, track, True)
+    _, encoded = counted(shared)
+    found = []
+    with torch.no_grad():
+        for _ in range(2):
+            expected, states = (
+                model.get_base_model().base_model(**inputs, use_cache=False).last_hidden_state
+                for model in (plain, shared)
+            )
+            own = inputs["attention_mask"] == 1
+            torch.testing.assert_close(states[own], expected[own], rtol=0, atol=5e-4)
+            found.append(states[own])
+            for model in (plain, shared):
+                change(model.get_base_model().base_model.visual.patch_embed.proj.weight)
+    assert (found[0] - found[1]).abs().max() > 0.01
+    assert len(encoded) == 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_adapted_vision_tower_is_passed_each_time(batch: Any, base_manifest: Any, frozen: bool) -> None:
+    track, inputs, _ = batch
+    model = load_model(base_manifest, ModelConfig.of(Configuration(), track))
+    share_prompts(model)
+    peft = get_peft_model(model, LoraConfig(**LORA | {"target_modules": r".*visual.*\.(qkv|proj)"}))
+    for name, weight in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+        if frozen:
+            weight.requires_grad_(False)
+    backbone, encoded = counted(peft)
+    with torch.no_grad():
+        states = backbone(**inputs, use_cache=False).last_hidden_state
+        with peft.disable_adapter():
+            other = backbone(**inputs, use_cache=False).last_hidden_state
+    assert len(encoded) == 2
+    assert (states - other).abs().max() > 0.01
+
+
+def test_a_trainable_vision_tower_is_passed_each_time(batch: Any, base_manifest: Any) -> None:
+    track, inputs, _ = batch
+    model = adapted(base_manifest, track, share=True)
+    backbone, encoded = counted(model)
+    weight = backbone.visual.patch_embed.proj.weight.requires_grad_()
+    for _ in range(2):
+        weight.grad = None
+        backbone(**inputs, use_cache=False).last_hidden_state.square().sum().backward()
+        assert weight.grad.abs().max() > 0
+    assert len(encoded) == 2 and backbone._kept is None
+
+
 def test_without_images_it_is_the_models_own_pass(batch: Any, base_manifest: Any) -> None:
     track, inputs, _ = batch
     plain, shared = adapted(base_manifest, track, False).eval(), adapted(base_manifest, track, True).eval()

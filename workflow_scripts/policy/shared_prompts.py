@@ -2,7 +2,8 @@
 
 A batch of GRPO repeats every prompt `group_size` times, and the prompt is the longer part of most rows. Under causal
 attention equal prefixes of rows have equal states: they are computed once, and the rest of each row attends to them.
-In a batch of pairs the anchor's image is in several rows. Values and gradients are those of the plain pass, up to the
+In a batch of pairs the anchor's image is in several rows, and each step of GRPO passes over its images several times: a
+frozen vision tower's features are kept for the next pass. Values and gradients are those of the plain pass, up to the
 order of sums.
 """
 
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLModel, Qwen2VLModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from workflow_scripts.policy.prompt_attention import PROMPT_ONCE
 
@@ -27,6 +30,9 @@ def share_prompts(model: PreTrainedModel) -> None:
 
 class SharedPrompts:
     """Mixin for the part of a vision-language model below its head, such as `Qwen2_5_VLModel`."""
+
+    _kept: tuple[Any, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+    """What the tower was, patches, grids and features: of the last images that it encoded while frozen."""
 
     def forward(
         self,
@@ -58,10 +64,9 @@ class SharedPrompts:
         pictures = pixel_values.split(image_grid_thw.prod(-1).tolist())
         same = first_equal(pictures, image_grid_thw.tolist())
         once = sorted(set(same))
-        features = model.get_image_features(
-            torch.cat([pictures[i] for i in once]), image_grid_thw[once], return_dict=True
-        )
-        feature_of = dict(zip(once, features.pooler_output, strict=True))
+        encoded = self._encoded(torch.cat([pictures[i] for i in once]), image_grid_thw[once])
+        feature_of = dict(zip(once, encoded, strict=True))
+        features = BaseModelOutputWithPooling()
         options["mm_encoder_outputs"] = {"image": features}
         images_of = np.asarray(same).reshape(len(input_ids), -1)
         last_image = int(mm_token_type_ids.any(0).nonzero().max())
@@ -90,6 +95,48 @@ class SharedPrompts:
         rest.last_hidden_state = torch.cat([prompts.last_hidden_state.index_select(0, of), rest.last_hidden_state], 1)
         rest.past_key_values = None
         return rest
+
+    def _encoded(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Features of each image, (merged patches, width); those kept, if all of the images are among the last.
+
+        `pixel_values` is (patches, values), `image_grid_thw` (images, 3).
+        """
+        model: Any = self
+        tower = frozen(model.visual, pixel_values)
+        if tower is not None and self._kept is not None and self._kept[0] == tower:
+            _, patches, grids, features = self._kept
+            both = torch.cat([grids, image_grid_thw])
+            pictures = torch.cat([patches, pixel_values]).split(both.prod(-1).tolist())
+            found = first_equal(pictures, both.tolist())[len(grids) :]
+            if max(found) < len(grids):
+                return tuple(features[i] for i in found)
+        self._kept = None  # first of all: two passes' images are never in memory together
+        features = model.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
+        if tower is not None:
+            # Where gradient checkpointing makes the tower's inputs require gradients, none of them is used.
+            self._kept = tower, pixel_values, image_grid_thw, tuple(feature.detach() for feature in features)
+        return features
+
+
+def frozen(tower: torch.nn.Module, pixel_values: torch.Tensor) -> tuple[Any, ...] | None:
+    """What features of a frozen vision tower depend on beside the images; None of a tower that may not stay as it is.
+
+    An adapter in it changes its features without a trace in its weights, and of shards (FSDP) all processes have to
+    pass through it together, also those that have met their images before. Weights are told by where they are and by
+    PyTorch's count of the writes to them.
+    """
+    weights = list(tower.parameters())
+    if (
+        pixel_values.requires_grad
+        or torch.is_inference_mode_enabled()
+        or any(weight.requires_grad or type(weight) is not torch.nn.Parameter for weight in weights)
+        or any(isinstance(module, BaseTunerLayer) for module in tower.modules())
+    ):
+        return None
+    kind = pixel_values.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    states = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
+    return pixel_values.device, pixel_values.dtype, autocast, states
 
 
 def first_equal(pictures: tuple[torch.Tensor, ...], grids: list[list[int]]) -> list[int]:
