@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers.cache_utils import DynamicLayer
 
 from workflow_scripts.configuration import Sampling
 from workflow_scripts.policy.key_values import RoomyLayer, closed_up
+from workflow_scripts.policy.prompt_attention import PROMPT_ONCE
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.rollouts.decoding import draw, sample_completions, warpers_of
+from workflow_scripts.rollouts.decoding import Decoding, draw, sample_completions, warpers_of
 
 
 def drawn(logits: list[float], count: int, **sampling: Any) -> Counter[int]:
@@ -86,6 +87,39 @@ def test_a_layer_with_room_holds_what_the_plain_one_holds(data: st.DataObject) -
             rows *= 2
     assert torch.equal(plain.keys, roomy.keys) and torch.equal(plain.values, roomy.values)
     assert plain.get_seq_length() == roomy.get_seq_length()
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_rows_attend_to_their_prompt_together_as_each_would_alone(policies: Any, scenes: Any, data: Any) -> None:
+    policy = policies["imagereward"]
+    texts = policy.processor.apply_chat_template(
+        [messages(policy.template, prompt * (1 + i % 2)) for i, (prompt, _) in enumerate(scenes)],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    images = [list(pictures.values())[:1] for _, pictures in scenes]
+    inputs = policy.processor(text=texts, images=images, padding=True, return_tensors="pt")
+    assert not inputs["attention_mask"].all()  # some are padded
+    language_model = policy.model.get_decoder()
+    assert language_model.config._attn_implementation == PROMPT_ONCE  # of every policy that is loaded
+    rollouts = data.draw(st.integers(1, 3))
+    together = Decoding(policy.model, inputs, rollouts)
+    language_model.set_attn_implementation("sdpa")
+    try:
+        alone = Decoding(policy.model, inputs, rollouts)
+    finally:
+        language_model.set_attn_implementation(PROMPT_ONCE)
+    assert together._prompts and not alone._prompts
+    rows = rollouts * len(texts)
+    for _ in range(data.draw(st.integers(1, 6))):
+        torch.testing.assert_close(together.logits, alone.logits, rtol=1e-4, atol=1e-4)
+        kept = closed_up(sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1))))
+        tokens = data.draw(st.lists(st.integers(3, 400), min_size=len(kept), max_size=len(kept)))
+        together.step(kept, tokens)
+        alone.step(kept, tokens)
+        rows = len(kept)
+    torch.testing.assert_close(together.logits, alone.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("track", ["imagereward", "hpsv2"])

@@ -11,7 +11,7 @@ def process_images_once(processor: ProcessorMixin) -> None:
 
     The class keeps its name, by which it is saved and loaded again as the plain one.
     """
-    images: Any = processor.image_processor  # type: ignore[attr-defined]
+    images: Any = processor.image_processor
     if isinstance(images, Qwen2VLImageProcessor):
         images.__class__ = type(type(images).__name__, (ImagesOnce, type(images)), {})
 

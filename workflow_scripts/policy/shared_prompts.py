@@ -26,6 +26,23 @@ def share_prompts(model: PreTrainedModel) -> None:
         backbone.__class__ = type(type(backbone).__name__, (SharedPrompts, type(backbone)), {})
         if backbone.language_model.config._attn_implementation == "sdpa":
             backbone.language_model.set_attn_implementation(PROMPT_ONCE)
+        patches = backbone.visual.patch_embed
+        patches.__class__ = type(type(patches).__name__, (PatchesByMatrix, type(patches)), {})
+
+
+class PatchesByMatrix:
+    """Mixin for the vision tower's first layer: a convolution whose kernel is a whole patch is one product of matrices.
+
+    PyTorch's convolution in three dimensions is several times slower at it.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """States of patches, (patches, values of a patch) to (patches, width)."""
+        layer: Any = self
+        if type(layer.proj) is not torch.nn.Conv3d:  # adapted
+            return super().forward(hidden_states)  # type: ignore[misc]
+        kernel = layer.proj.weight.flatten(1)
+        return torch.nn.functional.linear(hidden_states.to(kernel.dtype), kernel, layer.proj.bias)
 
 
 class SharedPrompts:
@@ -66,7 +83,7 @@ class SharedPrompts:
         once = sorted(set(same))
         encoded = self._encoded(torch.cat([pictures[i] for i in once]), image_grid_thw[once])
         feature_of = dict(zip(once, encoded, strict=True))
-        features = BaseModelOutputWithPooling()
+        features: Any = BaseModelOutputWithPooling()
         options["mm_encoder_outputs"] = {"image": features}
         images_of = np.asarray(same).reshape(len(input_ids), -1)
         last_image = int(mm_token_type_ids.any(0).nonzero().max())
@@ -111,11 +128,11 @@ class SharedPrompts:
             if max(found) < len(grids):
                 return tuple(features[i] for i in found)
         self._kept = None  # first of all: two passes' images are never in memory together
-        features = model.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
+        encoded: Any = model.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
         if tower is not None:
             # Where gradient checkpointing makes the tower's inputs require gradients, none of them is used.
-            self._kept = tower, pixel_values, image_grid_thw, tuple(feature.detach() for feature in features)
-        return features
+            self._kept = tower, pixel_values, image_grid_thw, tuple(feature.detach() for feature in encoded)
+        return tuple(encoded)
 
 
 def frozen(tower: torch.nn.Module, pixel_values: torch.Tensor) -> tuple[Any, ...] | None:
