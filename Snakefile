@@ -7,6 +7,7 @@
 #   {seed} {shard} {block}   numbers; a shard is so many test prompts, a block so many rollouts of each item
 # Every job writes one sidecar, <first output>.provenance.json, an output that is never an input.
 # The parameters of every rule are two strings: the canonical configuration it uses and the digest of its code.
+import gc
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from snakemake.io import IOFile
 from snakemake.utils import min_version
 
 min_version("9.0")
+gc.freeze()  # what Snakemake has imported stays; searching it again and again, the last time at the end, takes a while
 sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import configuration as configurations

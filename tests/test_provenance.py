@@ -128,8 +128,8 @@ def test_a_touch_changes_no_digest(package: Path) -> None:
         ("scoring/image_scores.py", '"soft", "hard"', '"hard", "soft"', {"score_rollouts"}),
         (
             "scoring/bootstrap.py",
-            "(1 - confidence) / 2",
-            "(1 - confidence) / 3",
+            "ddof=1",
+            "ddof=0",
             {"measure_accuracy", "make_tables", "make_figures"},
         ),
         (

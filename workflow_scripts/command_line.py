@@ -1,5 +1,6 @@
 """Command lines of the stages: typed arguments, files marked as read or written."""
 
+import gc
 import inspect
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ class StageArguments(BaseSettings):
     @classmethod
     def parse(cls, arguments: list[str] | None = None) -> Self:
         """Parse the command line; unknown options and wrong values end it with a usage message."""
+        gc.freeze()  # what is imported stays: searching it, the last time at the end, is a tenth of a small job
         sys.excepthook = tell_briefly
         about, example = described(inspect.getmodule(cls).__doc__ or "")
         # argparse would take a percent sign for a placeholder.

@@ -124,7 +124,9 @@ def _read(module: str) -> tuple[list[str], str]:
     """Of a module's text: the names that it imports, wherever it does so, and what the digest covers."""
     tree = ast.parse(module)
     imported: list[str] = []
-    for node in ast.walk(tree):
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             # A bare string is prose wherever it stands: docstring of a module, a function, a class or an attribute.
             node.body = [
@@ -137,6 +139,10 @@ def _read(module: str) -> tuple[list[str], str]:
             elif node.module:
                 imported += [node.module, *(f"{node.module}.{name}" for name in names)]
             node.names.sort(key=lambda alias: alias.name)
+        # No expression holds a statement, and most of a tree is expressions: every dry run would walk them.
+        waiting += (
+            n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt | ast.excepthandler | ast.match_case)
+        )
     imports = sorted(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
     rest = [ast.unparse(node) for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
     return imported, "\n".join(imports + rest)

@@ -309,15 +309,18 @@ def open_store(uri: str) -> tuple[Any, str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"  # its queue drops what does not fit
-    gc.disable()  # it would search the thousands of classes that this import makes again and again: a fifth of its time
+    # Garbage collection would search the thousands of classes that MLflow and its store make again and again, and once
+    # more at the end of the process: half the time of a small job.
+    gc.disable()
     try:
         import mlflow
-    finally:
-        gc.enable()
 
-    with _first_use(uri):
-        mlflow.set_tracking_uri(uri)
-        experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "softpref"))
+        with _first_use(uri):
+            mlflow.set_tracking_uri(uri)
+            experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "softpref"))
+    finally:
+        gc.freeze()
+        gc.enable()
     client = mlflow.MlflowClient()
     if NOTE not in experiment.tags:  # what somebody has written there stays
         client.set_experiment_tag(experiment.experiment_id, NOTE, EXPERIMENT_NOTE.format(id=experiment.experiment_id))
