@@ -20,6 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from workflow_scripts.configuration import Configuration
 from workflow_scripts.plan import FACTS
 from workflow_scripts.planning.architecture import Architecture, Image, PlanError
+from workflow_scripts.policy.shared_prompts import share_prompts
 from workflow_scripts.provenance import ROOT
 from workflow_scripts.published import PUBLISHED
 
@@ -190,6 +191,28 @@ def test_flops_of_an_update_are_those_that_torch_counts(
     assert forward.get_total_flops() == SEQUENCES * expected
     update = planned.update_flops(TOKENS, scored, [image], RANK, TARGETS, checkpointing, attention)
     counted = forward.get_total_flops() + backward.get_total_flops()
+    assert counted == SEQUENCES * (update - planned.head_flops(scored))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_flops_of_an_update_that_shares_its_question_are_those_that_torch_counts(attention: Any) -> None:
+    model = built(attention)
+    share_prompts(model.get_base_model())
+    planned, question = architecture(model), 70
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
+    given_batch = batch(8, 8)
+    ids, patches = given_batch["input_ids"], given_batch["pixel_values"]
+    patches[64:] = patches[:64]
+    ids[1, :question] = ids[0, :question]
+    ids[:, question] = torch.arange(20, 20 + SEQUENCES)
+    counted = 0
+    for counts in (False, True):  # the second pass finds the image's features
+        with FlopCounterMode(display=False) as counter:
+            out = model(**given_batch, use_cache=False, labels=ids, fused_lm_head=True)
+            out.log_probs.sum().backward()
+        counted += counts * counter.get_total_flops()
+    scored = TOKENS - 1
+    update = planned.shared_update_flops(question, TOKENS - question, scored, SEQUENCES, RANK, TARGETS, attention)
     assert counted == SEQUENCES * (update - planned.head_flops(scored))
 
 

@@ -57,7 +57,7 @@ def test_the_7b_does_not_fit_24_gb_and_the_plan_says_why() -> None:
     [
         ("update", {"gradient_checkpointing": False}, {"gradient_checkpointing": True}),
         ("update", {"gradient_accumulation": 1}, {"gradient_accumulation": 16}),
-        ("generation", {"prompts_per_step": 64}, {"prompts_per_step": 16}),
+        ("generation", {"prompts_per_step": 64, "generation": "trl"}, {"prompts_per_step": 16}),
     ],
 )
 def test_the_key_that_is_named_makes_it_fit(phase: str, change: dict[str, Any], remedy: dict[str, Any]) -> None:
@@ -68,9 +68,11 @@ def test_the_key_that_is_named_makes_it_fit(phase: str, change: dict[str, Any], 
 
 
 def test_several_processes_share_the_work_and_what_the_strategy_shares_of_the_memory() -> None:
+    own_loop = f"training={json.dumps({track: {'generation': 'trl'} for track in ('imagereward', 'hpsv2')})}"
+
     def training(processes: int, strategy: str) -> Stage:
         settings = f"distributed={json.dumps({'processes': processes, 'strategy': strategy})}"
-        return planned(PAPER, "h100-80gb", settings).stages[0]
+        return planned(PAPER, "h100-80gb", settings, own_loop).stages[0]  # the loop that FSDP takes in any case
 
     one, ddp, fsdp, deepspeed = training(1, "ddp"), training(4, "ddp"), training(4, "fsdp"), training(4, "deepspeed")
     flops = [sum(cost.flops for cost in stage.costs.values()) for stage in (one, ddp, fsdp, deepspeed)]
@@ -164,13 +166,27 @@ def test_time_is_bound_by_what_takes_longest() -> None:
     free = Assumptions(layer_milliseconds=0)
     length = Length(1, 1)
     read = p.model.language_bytes / (p.gpu.bandwidth * free.bandwidth_used)
-    assert decoding_seconds(p.model, p.gpu, free, 1, 0, length, adapted=False) == pytest.approx(read, rel=1e-4)
+    assert decoding_seconds(p.model, p.gpu, free, 1, 1, 0, length, adapted=False) == pytest.approx(read, rel=1e-4)
     launched = Assumptions(layer_milliseconds=10)
-    assert decoding_seconds(p.model, p.gpu, launched, 1, 0, length, adapted=False) == 28 * 0.010
+    assert decoding_seconds(p.model, p.gpu, launched, 1, 1, 0, length, adapted=False) == 28 * 0.010
     # 10,000 rows of short sequences are bound by their products: 2 FLOPs for each weight.
-    many = decoding_seconds(p.model, p.gpu, free, 10_000, 0, length, adapted=False)
+    many = decoding_seconds(p.model, p.gpu, free, 10_000, 10_000, 0, length, adapted=False)
     products = 10_000 * 2 * p.model.language_bytes / 2 / (p.gpu.flops * free.flops_used)
     assert many == pytest.approx(products, rel=1e-3)
+
+
+def test_the_engine_s_loop_and_shared_prompts_cost_less_than_trl_alone() -> None:
+    def training(**settings: Any) -> dict[str, Any]:
+        return (
+            planned(ROOT / "config.yaml", "h100-80gb", f"training={json.dumps({'imagereward': settings})}")
+            .stages[0]
+            .costs
+        )
+
+    ours, plain = training(), training(generation="trl", share_prompts=False)
+    for part in ("generation", "reference", "update"):
+        assert ours[part].flops < 0.6 * plain[part].flops, part
+    assert ours["validation"] == plain["validation"]
 
 
 def test_completions_are_a_share_of_their_budget_until_they_are_measured() -> None:

@@ -280,6 +280,27 @@ class Architecture:
             backward += (backward_of_attention - 1) * self._vision_attention_flops(image)
         return forward + again + backward
 
+    def shared_update_flops(
+        self,
+        question: float,
+        completion: float,
+        scored: float,
+        group: int,
+        rank: int,
+        target_modules: str,
+        attention: Attention,
+    ) -> float:
+        """Forward and backward of one completion whose question passes once for its group, images seen before.
+
+        As `update_flops` of question and completion by themselves, and what the completion attends to in the question:
+        two products forward and four, or five, backward.
+        """
+        settings: Any = (rank, target_modules, False, attention)
+        alone = self.update_flops(question, 0, [], *settings) / group
+        alone += self.update_flops(completion, scored, [], *settings)
+        attended = 4 * self.layers * self.hidden * completion * question
+        return alone + attended * (3 if attention == "eager" else 3.5)
+
     # --------------------------------------------------------------------------------------------------- the bytes
 
     def kv_bytes(self, dtype: str) -> int:

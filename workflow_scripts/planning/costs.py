@@ -86,7 +86,8 @@ def generation_bytes(
         merged: no adapter beside the weights.
     """
     a, rows = m.architecture, items * rollouts
-    cache = rows * (question + longest) * a.kv_bytes(m.dtype)
+    questions = items if m.attention == "sdpa" else rows  # others have a copy of it for each row
+    cache = (questions * question + rows * longest) * a.kv_bytes(m.dtype)
     prefill = items * a.language_workspace_bytes(question, m.dtype, not merged, m.attention)
     seeing = items * sum(a.vision_workspace_bytes(image, m.dtype) for image in images)
     drawing = (
@@ -140,10 +141,11 @@ def training_memory(
         resident["vLLM"] = vllm_bytes(m, gpu, t.vllm.gpu_memory_utilization, tokens, adapted=False)
     pixels = completions * a.pixel_bytes("float32") * sum(image.patches for image in train.largest)
     phases = {}
-    if t.generation == "transformers":
+    if t.generation in ("transformers", "trl"):
+        group = t.group_size if t.generation == "transformers" and d.strategy != "fsdp" else 1
         phases["generation"] = resident | {"pixels": pixels}
         phases["generation"] |= generation_bytes(
-            m, completions, 1, train.longest, train.largest, t.max_completion_tokens, merged=False
+            m, completions / group, group, train.longest, train.largest, t.max_completion_tokens, merged=False
         )
     updating = update_bytes(m, part, tokens, t.max_completion_tokens, train.largest, t.gradient_checkpointing)
     validating = generation_bytes(
@@ -194,19 +196,22 @@ def decoding_seconds(
     gpu: Gpu,
     assumed: Assumptions,
     rows: float,
+    prompts: float,
     question: float,
     length: Length,
     adapted: bool,
-    copies: int = 3,
+    copies: int = 1,
 ) -> float:
     """Time until the longest of a batch's completions is there.
 
-    A step reads the weights and the cache of all rows, computes the rows' products and launches its kernels; what takes
-    longest counts. `copies`: transformers also reads and writes the whole cache to append one token to it.
+    A step reads the weights and the cache, computes the rows' products and launches its kernels; what takes longest
+    counts. In the cache are the questions of so many `prompts`, as many as rows where each row has its own. `copies`:
+    transformers' own cache is also read and written as a whole to append one token to it, 3 in all.
     """
     a = m.architecture
     context = question + length.mean / 2
-    read = m.language_bytes + adapted * FULL * m.adapter + copies * rows * context * a.kv_bytes(m.dtype)
+    cached = copies * (prompts * question + rows * length.mean / 2)
+    read = m.language_bytes + adapted * FULL * m.adapter + cached * a.kv_bytes(m.dtype)
     computed = rows * (a.language_flops(1, context) + a.head_flops(1) + adapted * 2 * m.adapter)
     step = max(
         read / (gpu.bandwidth * assumed.bandwidth_used),
@@ -256,12 +261,16 @@ def rollout_cost(
     length: Length,
     adapted: bool,
 ) -> Cost:
-    """Rollouts of all questions with the transformers engine: each is prefilled once, finished rows are dropped."""
+    """Rollouts of all questions with the transformers engine.
+
+    Each is prefilled once and its cache read once for all its rows; finished rows are dropped.
+    """
     prefill = prefill_flops(m, test.mean, test.images, adapted) * test.items
     completions = decoding_flops(m, test.mean, length.mean, adapted) * test.items * rollouts
     batches = max(1.0, test.items / batch)
-    rows = min(batch, test.items) * rollouts * length.mean / length.longest  # on average
-    waiting = decoding_seconds(m, gpu, assumed, rows, test.mean, length, adapted) * batches
+    prompts = min(batch, test.items)
+    rows = prompts * rollouts * length.mean / length.longest  # on average
+    waiting = decoding_seconds(m, gpu, assumed, rows, prompts, test.mean, length, adapted) * batches
     return Cost(prefill + completions, product_seconds(gpu, assumed, prefill) + waiting)
 
 
@@ -285,7 +294,7 @@ def vllm_cost(
     room = cache / (m.architecture.kv_bytes(m.dtype) * (asked.mean + length.mean / 2))
     rows = max(1.0, min(items * rollouts, room, VLLM_ROWS))
     graphs = replace(assumed, layer_milliseconds=0)
-    step = decoding_seconds(m, gpu, graphs, rows, asked.mean, Length(length.mean, 1), adapted, copies=1)
+    step = decoding_seconds(m, gpu, graphs, rows, rows, asked.mean, Length(length.mean, 1), adapted)
     steps = max(length.longest, items * rollouts * length.mean / rows)
     return Cost(prefill + completions, product_seconds(gpu, assumed, prefill) + step * steps)
 
@@ -307,30 +316,53 @@ def training_costs(
 
     Each process has its share of a step's completions, and of the validation unless FSDP makes all do all of it.
 
-    With transformers TRL prefills every completion by itself. It pads all completions of a step to the longest, and
-    scores them under the reference policy in a forward of their own. vLLM gets merged weights after each step.
+    The engine's loop prefills a prompt once for its group and drops what has ended; TRL's own prefills every completion
+    by itself and goes on until the last has ended. All completions of a step are padded to the longest, and scored
+    under the reference policy in a forward of their own. With `share_prompts` an image is encoded once in a step, and
+    without gradient checkpointing the question of a group passes once. vLLM gets merged weights after each step.
     """
     a, completions = m.architecture, t.prompts_per_step * t.group_size // d.processes
     tokens = train.mean + length.longest
     scored = length.mean if gpu.name != CPU else tokens - 1  # only with Triton the padding is left out
 
-    if t.generation == "transformers":
-        prefill = prefill_flops(m, train.mean, train.images, True) * completions
-        decoding = decoding_flops(m, train.mean, length.longest, True) * completions
-        seconds = decoding_seconds(m, gpu, assumed, completions, train.mean, length, True)
+    groups = completions / t.group_size
+    seen = sum(a.vision_flops(image) for image in train.images)
+    engine = t.generation == "transformers" and d.strategy != "fsdp"
+    if t.generation in ("transformers", "trl"):
+        beside = not engine or m.dtype != "float32"  # the engine's loop merges the adapter where that rounds nothing
+        prompts = groups if engine else completions
+        rows = completions * length.mean / length.longest if engine else completions
+        looked = seen * (groups if engine or t.share_prompts else completions)
+        prefill = prefill_flops(m, train.mean, (), beside) * prompts + looked
+        decoded = length.mean if engine else length.longest
+        decoding = decoding_flops(m, train.mean, decoded, beside) * completions
+        copies = 1 if engine else 3
+        seconds = decoding_seconds(m, gpu, assumed, rows, prompts, train.mean, length, beside, copies)
         generation = Cost(prefill + decoding, product_seconds(gpu, assumed, prefill) + seconds)
+        looked = 0.0 if t.share_prompts else seen * completions  # in each pass that follows
     else:
         share = t.vllm.gpu_memory_utilization if t.generation == "vllm_colocate" else SERVER_SHARE
         cache = share * gpu.memory - a.parameters() * BYTES[m.dtype]
-        generation = vllm_cost(m, gpu, assumed, train, completions / t.group_size, t.group_size, length, cache, False)
+        generation = vllm_cost(m, gpu, assumed, train, groups, t.group_size, length, cache, False)
+        looked = seen * (groups if t.share_prompts else completions)
 
-    scoring = sum(a.vision_flops(image) for image in train.images) + a.language_flops(tokens) + a.head_flops(scored)
     # Reference policy; the policy that sampled, which TRL scores again where vLLM did or where it changes meanwhile.
-    passes = (t.beta > 0) + (t.num_iterations > 1 or t.generation != "transformers")
-    reference = Cost(scoring * completions, product_seconds(gpu, assumed, scoring * completions)).times(passes)
-
-    one = a.update_flops(tokens, scored, train.images, m.rank, m.target_modules, t.gradient_checkpointing, m.attention)
-    update = Cost(one * completions, product_seconds(gpu, assumed, one * completions))
+    passes = (t.beta > 0) + (t.num_iterations > 1 or t.generation not in ("transformers", "trl"))
+    if t.share_prompts and not t.gradient_checkpointing:
+        question = a.language_flops(train.mean) / t.group_size
+        forward = question + a.language_flops(length.longest, tokens)
+        updating = a.shared_update_flops(
+            train.mean, length.longest, scored, t.group_size, m.rank, m.target_modules, m.attention
+        )
+    else:
+        forward = a.language_flops(tokens)
+        shown = [] if t.share_prompts else train.images
+        updating = a.update_flops(
+            tokens, scored, shown, m.rank, m.target_modules, t.gradient_checkpointing, m.attention
+        )
+    scoring = (forward + a.head_flops(scored)) * completions + looked
+    reference = Cost(scoring, product_seconds(gpu, assumed, scoring)).times(passes)
+    update = Cost(updating * completions, product_seconds(gpu, assumed, updating * completions))
 
     validations = 1 + t.steps // t.validate_every
     if d.strategy != "fsdp":
