@@ -22,25 +22,32 @@ from benchmarks.made_up import (
     write_image_subset,
     write_record,
     write_rollouts,
+    write_sidecar,
     write_test_set,
 )
 from benchmarks.measuring import ProcessCost, replace_rows, write_rows
 from workflow_scripts.configuration import load
+from workflow_scripts.policy.manifest import model_files
+from workflow_scripts.provenance import ROOT, write_json
 from workflow_scripts.rollouts.items import anchor_items
-from workflow_scripts.stage_configuration import ReadAnnotations, ReadImages, SelectSubset
+from workflow_scripts.stage_configuration import GenerateRollouts, ReadAnnotations, ReadImages, SelectSubset
 
 FACTORS = (1, 2, 4, 8)
 
 
-def read_images(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+def read_images(folder: Path, size: int) -> ProcessCost:
     """Raw to canonical."""
-    size = 100 * factor
     ((archive, names),) = write_archive(folder / "train_1.zip", size).items()
     record = write_record(folder)
     write_image_subset(folder / "subset.parquet", archive, names)
     outputs = {"output": folder / "images.parquet", "listing": folder / "images.json"}
     config = ReadImages(dataset="imagereward", split="train", shard=0, start=0, stop=None)
-    return size, "images", run("read_images", config, record=record, subset=folder / "subset.parquet", **outputs)
+    return run("read_images", config, record=record, subset=folder / "subset.parquet", **outputs)
+
+
+def read_more_images(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """Raw to canonical."""
+    return 100 * factor, "images", read_images(folder, 100 * factor)
 
 
 def read_annotations(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
@@ -59,6 +66,29 @@ def select_subset(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
     run("read_annotations", ReadAnnotations.of(c, "hpsv2", "test"), record=folder / "hpsv2/dataset.json", output=test)
     inputs = {"preferences": folder / "train.parquet", "test_preferences": test, "output": folder / "subset.parquet"}
     return size, unit, run("select_subset", SelectSubset.of(c, "hpsv2", "train"), **inputs)
+
+
+def generate_rollouts(folder: Path, images: int, rollouts: int) -> ProcessCost:
+    """Rollouts of the bundled policy, one process's share of a test set."""
+    read_images(folder, images)
+    c = load({"rollouts": {"block_size": rollouts}, "datasets": {"imagereward": {"test_prompts": images}}})
+    manifest = folder / "manifest.json"
+    bundled = ROOT / c.policy.bundled
+    write_json(manifest, {"path": str(bundled), "files": model_files(bundled)})
+    write_sidecar(manifest)
+    inputs = {"base": manifest, "subset": folder / "subset.parquet", "images": folder / "images.parquet"}
+    config = GenerateRollouts.of(c, "imagereward", "zeroshot", "imagereward", 0, 0, 0)
+    return run("generate_rollouts", config, **inputs, output=folder / "rollouts.parquet")
+
+
+def roll_out_more_items(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """One rollout of more items."""
+    return 100 * factor, "items", generate_rollouts(folder, 100 * factor, 1)
+
+
+def roll_out_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
+    """More rollouts of the same items."""
+    return 3 * factor, "rollouts of 100 items", generate_rollouts(folder, 100, 3 * factor)
 
 
 def scoring(folder: Path, prompts: int, rollouts: int, report_k: list[int]) -> tuple[int, ProcessCost, ProcessCost]:
@@ -98,9 +128,11 @@ def measure_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessC
 
 # Adding a work: a function of a folder and a factor that returns its size, the unit and the cost.
 PARTS: dict[str, Callable[[Path, int], tuple[int, str, ProcessCost]]] = {
-    "read_images": read_images,
+    "read_images": read_more_images,
     "read_annotations": read_annotations,
     "select_subset": select_subset,
+    "roll_out_more_items": roll_out_more_items,
+    "roll_out_more_rollouts": roll_out_more_rollouts,
     "score_more_rollouts": score_more_rollouts,
     "score_more_items": score_more_items,
     "measure_more_pairs": measure_more_pairs,

@@ -1,0 +1,171 @@
+"""How far above the arithmetic and memory traffic of the same work we are: rollouts, a GRPO step, the bootstrap.
+
+python -m benchmarks.floors
+
+The floor is what the formulas of docs/plan.md count, at the rates of products and of copying that are measured on the
+same core; nothing else would cost anything. The rate of products of a policy's own sizes says what small matrices leave
+of it. A GRPO step is that of results/grpo_step.csv, from the same machine.
+"""
+
+import csv
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+
+from benchmarks.data import credits
+from benchmarks.measuring import RESULTS, cost, write_rows
+from benchmarks.rollouts import BUNDLED, ROLLOUTS, SCALES, TRACKS, questions, write_larger_policy
+from workflow_scripts.configuration import Configuration, Sampling
+from workflow_scripts.configuration import Policy as PolicySettings
+from workflow_scripts.plan import plan, this_cpu
+from workflow_scripts.planning.architecture import Architecture
+from workflow_scripts.planning.costs import Assumptions, Gpu, Model, decoding_flops, decoding_seconds, product_seconds
+from workflow_scripts.planning.costs import Length as Completions
+from workflow_scripts.policy.loading import Policy, load_policy
+from workflow_scripts.policy.manifest import model_files
+from workflow_scripts.policy.prompts import messages
+from workflow_scripts.provenance import ROOT, write_json
+from workflow_scripts.rollouts.items import Item
+from workflow_scripts.rollouts.transformers_engine import generate
+from workflow_scripts.scoring.bootstrap import accuracy_intervals
+from workflow_scripts.stage_configuration import ModelConfig
+
+IDEAL = Assumptions(flops_used=1, bandwidth_used=1, layer_milliseconds=0)
+MEASURED = 3  # runs of each work
+
+
+def rate_of_products(rows: int, inputs: int, outputs: int) -> float:
+    """FLOP/s of a product of so many rows with a matrix."""
+    states, weights = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    repeats = max(10, int(2e9 / (2 * rows * inputs * outputs)))
+    torch.nn.functional.linear(states, weights)
+    started = time.process_time()
+    for _ in range(repeats):
+        torch.nn.functional.linear(states, weights)
+    return repeats * 2 * rows * inputs * outputs / (time.process_time() - started)
+
+
+def rollouts(cpu: Gpu) -> list[dict[str, Any]]:
+    """Rollouts of the transformers engine, each policy, track and k."""
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for scale, (prompts, batch_items, pixels) in SCALES.items():
+            folder = ROOT / BUNDLED
+            if scale == "larger":
+                write_larger_policy(folder := Path(temporary) / "larger")
+            manifest = Path(temporary) / f"{scale}.json"
+            write_json(manifest, {"path": str(folder), "files": model_files(folder)})
+            architecture = Architecture.of(json.loads((folder / "config.json").read_text()))
+            by_track, images = questions(prompts)
+            for track in TRACKS:
+                config = ModelConfig.of(Configuration(policy=PolicySettings(max_pixels=pixels)), track)
+                policy = load_policy(manifest, None, config)
+                for k in ROLLOUTS:
+                    case = {"work": "rollouts", "case": f"{scale}, {track}, k = {k}"}
+                    found.append(
+                        case | rollouts_of(cpu, policy, config, architecture, by_track[track], images, k, batch_items)
+                    )
+                    print(found[-1], flush=True)
+    return found
+
+
+def rollouts_of(
+    cpu: Gpu,
+    policy: Policy,
+    config: ModelConfig,
+    architecture: Architecture,
+    items: list[Item],
+    images: dict[str, PIL.Image.Image],
+    k: int,
+    batch_items: int,
+) -> dict[str, Any]:
+    """Cost of k rollouts of each item and its floor, that of questions and completions of their mean lengths."""
+    settings: Any = {"first_k": 0, "sampling": Sampling(), "batch_items": batch_items, "seed": "s"}
+    lengths: list[int] = []
+
+    def work() -> None:
+        lengths[:] = [len(row["completion_ids"]) for row in generate(policy, items, images, rollouts=k, **settings)]
+
+    spent = sorted(cost(work).cpu for _ in range(MEASURED))[MEASURED // 2]
+    chats = [messages(policy.template, item.prompt) for item in items]
+    texts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    low, high = config.min_pixels or 0, config.max_pixels or 0
+    seen = [architecture.image(*images[name].size, low, high) for item in items for name in item.image_ids]
+    asked = sum(map(len, policy.tokenizer(texts, add_special_tokens=False)["input_ids"])) - len(seen)
+    question = (asked + sum(image.tokens for image in seen)) / len(items)
+    prefill = sum(architecture.vision_flops(image) for image in seen)
+    prefill += len(items) * (architecture.language_flops(question) + architecture.head_flops(1))
+    model = Model(architecture, config.dtype, "sdpa", 0, "none")
+    completion = Completions(sum(lengths) / len(lengths), max(lengths))
+    decoding = len(lengths) * decoding_flops(model, question, completion.mean, adapted=False)
+    batches = math.ceil(len(items) / batch_items)
+    prompts = len(items) / batches
+    rows = prompts * k * completion.mean / completion.longest  # on average
+    waiting = batches * decoding_seconds(model, cpu, IDEAL, rows, prompts, question, completion, adapted=False)
+    floor = product_seconds(cpu, IDEAL, prefill) + waiting
+    gate = architecture.layer(0)[-3]
+    own_sizes = floor * cpu.flops / rate_of_products(round(rows), gate.inputs, gate.outputs)
+    return {
+        "cpu_seconds": round(spent, 3),
+        "gigaflops": round((prefill + decoding) / 1e9, 2),
+        "floor_seconds": round(floor, 3),
+        "times_above": round(spent / floor, 1),
+        "floor_at_own_sizes": round(own_sizes, 3),
+    }
+
+
+def grpo_steps(cpu: Gpu) -> list[dict[str, Any]]:
+    """A step of the default's trainings."""
+    c = Configuration()
+    stages = {stage.name: stage for stage in plan(c, cpu, IDEAL).stages}
+    with (RESULTS / "grpo_step.csv").open(newline="") as file:
+        measured = [row for row in csv.DictReader(file) if row["contestant"] == "both"]
+    found = []
+    for row in measured:
+        steps = getattr(c.training, row["track"]).steps
+        parts = stages[f"train_grpo {row['track']}"].costs
+        shares = {part: parts[part] for part in ("generation", "reference", "update")}
+        spent, floor = float(row["cpu_seconds_a_step"]), sum(one.seconds for one in shares.values()) / steps
+        found.append(
+            {
+                "work": "GRPO step",
+                "case": row["track"],
+                "cpu_seconds": spent,
+                "gigaflops": round(sum(one.flops for one in shares.values()) / steps / 1e9, 2),
+                "floor_seconds": round(floor, 3),
+                "times_above": round(spent / floor, 1),
+                "floor_at_own_sizes": "",
+            }
+        )
+        print(found[-1], flush=True)
+    return found
+
+
+def bootstrap(cpu: Gpu) -> dict[str, Any]:
+    """10,000 resamples of 2,000 prompts: to write and read what is drawn, and to read two values at each."""
+    resamples, prompts = 10_000, 2000
+    own = credits(prompts, 15_300)
+    spent = sorted(cost(lambda: accuracy_intervals([own], "micro", 0.95, resamples, 0)).cpu for _ in range(MEASURED))
+    moved = resamples * prompts * (2 * 8 + 2 * 8)
+    floor = moved / cpu.bandwidth
+    row = {"work": "bootstrap", "case": "10,000 x 15,300 pairs", "cpu_seconds": round(spent[MEASURED // 2], 3)}
+    row |= {"gigaflops": "", "floor_seconds": round(floor, 3), "times_above": round(spent[MEASURED // 2] / floor, 1)}
+    return row | {"floor_at_own_sizes": ""}
+
+
+def main() -> None:
+    """Measure, and write results/floors.csv."""
+    cpu = this_cpu(1)
+    rates = {"work": "this core", "case": f"{cpu.flops / 1e9:.0f} GFLOP/s, {cpu.bandwidth / 1e9:.1f} GB/s copied"}
+    rows = rollouts(cpu) + grpo_steps(cpu) + [bootstrap(cpu)]
+    write_rows("floors", [dict.fromkeys(rows[0], "") | rates, *rows])
+
+
+if __name__ == "__main__":
+    main()
