@@ -219,7 +219,7 @@ def test_ctrl_c_is_said_in_one_line(tmp_path: Path, with_sidecar: Any) -> None:
     assert process.stdout and process.stdout.readline() == "running\n"
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == -signal.SIGINT  # a shell says 130
+    assert process.returncode == -signal.SIGINT, said  # a shell says 130
     assert said.splitlines()[-1] == "interrupted; run the same command again to go on" and "Traceback" not in said
 
 
