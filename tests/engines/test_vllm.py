@@ -21,6 +21,7 @@ from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.schema import read_table
 from workflow_scripts.rollouts import transformers_engine, vllm_engine
 from workflow_scripts.rollouts.context import too_long
+from workflow_scripts.rollouts.decoding import warpers_of
 from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import ROLLOUT, write_rollouts
 from workflow_scripts.stage_configuration import ModelConfig
@@ -186,7 +187,7 @@ def test_thoughts_are_sampled_as_the_model_and_the_settings_say(pair: Pair, opti
     # The fourth token, how many things there are, where the first three are those of most thoughts.
     ((before, count),) = Counter(tuple(row["completion_ids"][:3]) for row in rows).most_common(1)
     logits = pair.forward(item, list(before))
-    warped = transformers_engine._warpers(sampling)(torch.empty(1, 0), logits[None].float())[0].softmax(-1)  # type: ignore[arg-type]
+    warped = warpers_of(sampling)(torch.empty(1, 0), logits[None].float())[0].softmax(-1)  # type: ignore[arg-type]
     # A thought that ends at once and one that begins with its closing tag look the same: the engine closes the former.
     closing = pair.vllm.tokenizer.convert_tokens_to_ids("</think>")
     for end in pair.vllm.model.end_ids:

@@ -7,6 +7,9 @@ frozen vision tower's features are kept for the next pass. Values and gradients 
 order of sums.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -75,7 +78,6 @@ class SharedPrompts:
             or pixel_values is None
             or image_grid_thw is None
             or len(image_grid_thw) % len(input_ids)
-            or options.get("mm_encoder_outputs") is not None
         ):
             return plain(**rows, pixel_values=pixel_values, image_grid_thw=image_grid_thw, **options)
         pictures = pixel_values.split(image_grid_thw.prod(-1).tolist())
@@ -83,35 +85,46 @@ class SharedPrompts:
         once = sorted(set(same))
         encoded = self._encoded(torch.cat([pictures[i] for i in once]), image_grid_thw[once])
         feature_of = dict(zip(once, encoded, strict=True))
-        features: Any = BaseModelOutputWithPooling()
-        options["mm_encoder_outputs"] = {"image": features}
         images_of = np.asarray(same).reshape(len(input_ids), -1)
         last_image = int(mm_token_type_ids.any(0).nonzero().max())
         shared, first, group = shared_prefix(input_ids, attention_mask, images_of, last_image + 1)
         checkpointing = model.training and model.is_activation_checkpointing  # which has no use of a cache
         in_one = checkpointing or options.get("use_cache") is not False or options.get("position_ids") is not None
         if in_one or len(first) == len(input_ids):
-            features.pooler_output = tuple(feature_of[i] for i in same)
-            return plain(**rows, image_grid_thw=image_grid_thw, **options)
+            with _showing([feature_of[i] for i in same]):
+                return plain(**rows, pixel_values=pixel_values, image_grid_thw=image_grid_thw, **options)
 
         of = torch.from_numpy(group).to(input_ids.device)
         shown = np.arange(len(same)).reshape(images_of.shape)[first].ravel().tolist()
-        features.pooler_output = tuple(feature_of[same[i]] for i in shown)
         prefixes = {name: value[first, :shared] for name, value in rows.items() if value is not None}
         positions, _ = model.get_rope_index(image_grid_thw=image_grid_thw[shown], **prefixes)
         cache = DynamicCache(config=model.config)
         options |= {"past_key_values": cache, "use_cache": True}
-        prompts = plain(**prefixes, **options | {"position_ids": positions})
+        with _showing([feature_of[same[i]] for i in shown]):
+            # The patches are no longer looked at.
+            prompts = plain(
+                **prefixes,
+                **options | {"position_ids": positions},
+                pixel_values=pixel_values,
+                image_grid_thw=image_grid_thw[shown],
+            )
         cache.batch_select_indices(of)
         after = torch.arange(1, input_ids.shape[1] - shared + 1, device=input_ids.device)
         rest = plain(
             input_ids=input_ids[:, shared:],
             attention_mask=attention_mask,
-            **options | {"position_ids": positions[..., -1:].index_select(-2, of) + after, "mm_encoder_outputs": None},
+            **options | {"position_ids": positions[..., -1:].index_select(-2, of) + after},
         )
         rest.last_hidden_state = torch.cat([prompts.last_hidden_state.index_select(0, of), rest.last_hidden_state], 1)
         rest.past_key_values = None
         return rest
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: Any = None, **options: Any) -> Any:
+        """The model's own, of (patches, values) and (images, 3); within `forward` of what was encoded there."""
+        features = SHOWN.get()
+        if features is None:
+            return super().get_image_features(pixel_values, image_grid_thw, **options)  # type: ignore[misc]
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
     def _encoded(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Features of each image, (merged patches, width); those kept, if all of the images are among the last.
@@ -120,19 +133,34 @@ class SharedPrompts:
         """
         model: Any = self
         tower = frozen(model.visual, pixel_values)
-        if tower is not None and self._kept is not None and self._kept[0] == tower:
-            _, patches, grids, features = self._kept
+        kept = self._kept  # once: another thread may replace it
+        if tower is not None and kept is not None and kept[0] == tower:
+            _, patches, grids, features = kept
             both = torch.cat([grids, image_grid_thw])
             pictures = torch.cat([patches, pixel_values]).split(both.prod(-1).tolist())
             found = first_equal(pictures, both.tolist())[len(grids) :]
             if max(found) < len(grids):
                 return tuple(features[i] for i in found)
         self._kept = None  # first of all: two passes' images are never in memory together
-        encoded: Any = model.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
+        plain: Any = super().get_image_features  # type: ignore[misc]
+        encoded = plain(pixel_values, image_grid_thw, return_dict=True).pooler_output
         if tower is not None:
             # Where gradient checkpointing makes the tower's inputs require gradients, none of them is used.
             self._kept = tower, pixel_values, image_grid_thw, tuple(feature.detach() for feature in encoded)
         return tuple(encoded)
+
+
+# Features of the images of a pass, where the model asks for them; of this thread alone.
+SHOWN: ContextVar[tuple[torch.Tensor, ...] | None] = ContextVar("SHOWN", default=None)
+
+
+@contextlib.contextmanager
+def _showing(features: list[torch.Tensor]) -> Iterator[None]:
+    token = SHOWN.set(tuple(features))
+    try:
+        yield
+    finally:
+        SHOWN.reset(token)
 
 
 def frozen(tower: torch.nn.Module, pixel_values: torch.Tensor) -> tuple[Any, ...] | None:
