@@ -89,7 +89,7 @@ def test_a_layer_with_room_holds_what_the_plain_one_holds(data: st.DataObject) -
     assert plain.get_seq_length() == roomy.get_seq_length()
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_rows_attend_to_their_prompt_together_as_each_would_alone(policies: Any, scenes: Any, data: Any) -> None:
     policy = policies["imagereward"]
