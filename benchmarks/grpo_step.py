@@ -72,7 +72,9 @@ def main() -> None:
     """Make the data, measure, and write results/grpo_step.csv."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    arguments = parser.parse_args()
+    contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in {"TRL", *arguments.contestants}}
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "results"
@@ -83,15 +85,15 @@ def main() -> None:
         command += [*splits, f"{folder}/policies/base/manifest.json", "--configfile", str(configuration)]
         subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
         for track in TRACKS:
-            steps: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-            for _ in range(rounds):
-                for name, choice in CONTESTANTS.items():
+            steps: dict[str, list[float]] = {name: [] for name in contestants}
+            for _ in range(arguments.rounds):
+                for name, choice in contestants.items():
                     few, many = (training(folder, track, count, choice) for count in (FEW, MANY))
                     steps[name].append((many - few) / (MANY - FEW))
             for name, own in steps.items():
                 speedup = statistics.median(a / b for a, b in zip(steps["TRL"], own, strict=True))
                 row = {"track": track, "contestant": name, "cpu_seconds_a_step": round(statistics.median(own), 3)}
-                row |= {"speedup": round(speedup, 2), "rounds": rounds}
+                row |= {"speedup": round(speedup, 2), "rounds": arguments.rounds}
                 print(json.dumps(row), flush=True)
                 found.append(row)
     write_rows("grpo_step", found)

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.measuring import contest, write_rows
+from benchmarks.measuring import contest, replace_rows
 from tests.policy.qwen_vocabulary import processor as qwen_processor
 from workflow_scripts.configuration import Configuration, RolloutsVllm, Sampling, Track
 from workflow_scripts.configuration import Policy as PolicySettings
@@ -166,7 +166,7 @@ def engine(
 
 
 def main() -> None:
-    """Measure, and write results/rollouts.csv."""
+    """Measure, and write results/rollouts.csv, or with vLLM, in its environment, results/rollouts_vllm.csv."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--contestants", nargs="+", choices=["plain", "transformers", "vllm"])
     parser.add_argument("--policies", nargs="+", choices=list(SCALES), default=list(SCALES))
@@ -215,7 +215,7 @@ def main() -> None:
                             found.append(case | row)
                 del model, works
                 gc.collect()
-    write_rows("rollouts", found)
+    replace_rows("rollouts_vllm" if "vllm" in arguments.contestants else "rollouts", "policy", found)
 
 
 if __name__ == "__main__":
