@@ -1,5 +1,6 @@
 """Command lines of the stages: typed arguments, files marked as read or written."""
 
+import atexit
 import gc
 import inspect
 import sys
@@ -41,6 +42,7 @@ class StageArguments(BaseSettings):
     def parse(cls, arguments: list[str] | None = None) -> Self:
         """Parse the command line; unknown options and wrong values end it with a usage message."""
         gc.freeze()  # what is imported stays: searching it, the last time at the end, is a tenth of a small job
+        atexit.register(_unfreeze_torch)
         sys.excepthook = tell_briefly
         about, example = described(inspect.getmodule(cls).__doc__ or "")
         # argparse would take a percent sign for a placeholder.
@@ -94,6 +96,12 @@ def tell_briefly(kind: type[BaseException], error: BaseException, trace: Traceba
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def _unfreeze_torch() -> None:
+    """Triton, which comes with torch, prints a report of leaks if nothing is collected at the end."""
+    if "torch" in sys.modules:
+        gc.unfreeze()
 
 
 def _stage(arguments: type[StageArguments]) -> str:

@@ -426,7 +426,6 @@ def main() -> None:
         for split, path in {"train": arguments.train_images, "validation": arguments.validation_images}.items():
             sizes[split], read_image[split] = image_reader(path, folder / "images")
         processor, base = load_processor(arguments.base, config.model), load_model(arguments.base, config.model)
-        process_images_once(processor)
         check_adapted_layers(base, t.lora.target_modules)
         if t.generation == "vllm_colocate":
             with settings.main_process_first():
@@ -510,6 +509,7 @@ def main() -> None:
         )
         if t.share_prompts:
             share_prompts(base)
+            process_images_once(processor)
         # All processes of fsdp have to pass through the model together, in TRL's loop.
         own_loop = t.generation == "transformers" and strategy != "fsdp"
         table = datasets.Dataset.from_dict({"item": list(range(len(items)))}).with_transform(example)
