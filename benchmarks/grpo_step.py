@@ -65,7 +65,8 @@ def training(folder: Path, track: Track, steps: int, choice: dict[str, Any]) -> 
         command += [word for name, path in files.items() for word in (f"--{name}", str(path))]
         untracked = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
         environment = untracked | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        return process_cost(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).cpu
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return process_cost(command, cwd=ROOT, env=environment, **quiet).cpu
 
 
 def main() -> None:
