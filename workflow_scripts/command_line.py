@@ -41,8 +41,7 @@ class StageArguments(BaseSettings):
     @classmethod
     def parse(cls, arguments: list[str] | None = None) -> Self:
         """Parse the command line; unknown options and wrong values end it with a usage message."""
-        gc.freeze()  # what is imported stays: searching it, the last time at the end, is a tenth of a small job
-        atexit.register(_unfreeze_torch)
+        freeze_imports()
         sys.excepthook = tell_briefly
         about, example = described(inspect.getmodule(cls).__doc__ or "")
         # argparse would take a percent sign for a placeholder.
@@ -98,8 +97,16 @@ def tell_briefly(kind: type[BaseException], error: BaseException, trace: Traceba
         sys.__excepthook__(kind, error, trace)
 
 
+def freeze_imports() -> None:
+    """Leave what is imported to no garbage collection: searching it, the last time at the end, is half of a small job.
+
+    Not with torch: Triton, which comes with it, prints a report of leaks if nothing is collected at the end.
+    """
+    gc.freeze()
+    atexit.register(_unfreeze_torch)
+
+
 def _unfreeze_torch() -> None:
-    """Triton, which comes with torch, prints a report of leaks if nothing is collected at the end."""
     if "torch" in sys.modules:
         gc.unfreeze()
 

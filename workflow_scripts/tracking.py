@@ -25,7 +25,7 @@ import psutil
 from filelock import FileLock
 
 from workflow_scripts import provenance
-from workflow_scripts.command_line import StageArguments
+from workflow_scripts.command_line import StageArguments, freeze_imports
 from workflow_scripts.locks import Lock
 from workflow_scripts.mlflow_pages import (
     EXPERIMENT_NOTE,
@@ -309,9 +309,7 @@ def open_store(uri: str) -> tuple[Any, str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"  # its queue drops what does not fit
-    # Garbage collection would search the thousands of classes that MLflow and its store make again and again, and once
-    # more at the end of the process: half the time of a small job.
-    gc.disable()
+    gc.disable()  # it would search the thousands of classes that MLflow and its store make again and again
     try:
         import mlflow
 
@@ -319,7 +317,7 @@ def open_store(uri: str) -> tuple[Any, str]:
             mlflow.set_tracking_uri(uri)
             experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "softpref"))
     finally:
-        gc.freeze()
+        freeze_imports()
         gc.enable()
     client = mlflow.MlflowClient()
     if NOTE not in experiment.tags:  # what somebody has written there stays
