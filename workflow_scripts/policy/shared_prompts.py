@@ -8,7 +8,7 @@ order of sums.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -136,9 +136,12 @@ class SharedPrompts:
         kept = self._kept  # once: another thread may replace it
         if tower is not None and kept is not None and kept[0] == tower:
             _, patches, grids, features = kept
-            both = torch.cat([grids, image_grid_thw])
-            pictures = torch.cat([patches, pixel_values]).split(both.prod(-1).tolist())
-            found = first_equal(pictures, both.tolist())[len(grids) :]
+            pictures = [
+                picture
+                for shown, grid in ((patches, grids), (pixel_values, image_grid_thw))
+                for picture in shown.split(grid.prod(-1).tolist())
+            ]
+            found = first_equal(pictures, [*grids.tolist(), *image_grid_thw.tolist()])[len(grids) :]
             if max(found) < len(grids):
                 return tuple(features[i] for i in found)
         self._kept = None  # first of all: two passes' images are never in memory together
@@ -184,7 +187,7 @@ def frozen(tower: torch.nn.Module, pixel_values: torch.Tensor) -> tuple[Any, ...
     return pixel_values.device, pixel_values.dtype, autocast, states
 
 
-def first_equal(pictures: tuple[torch.Tensor, ...], grids: list[list[int]]) -> list[int]:
+def first_equal(pictures: Sequence[torch.Tensor], grids: list[list[int]]) -> list[int]:
     """Index of the first of the images, (patches, values) each, that equals this one in pixels and in its grid."""
     sums = torch.stack([picture.sum(dtype=torch.float32) for picture in pictures]).tolist()
     seen: dict[tuple[float, tuple[int, ...]], list[int]] = {}
