@@ -115,6 +115,11 @@ def update_bytes(
     return {"activations": kept, "workspace": max(sequences * tokens * per_token, head, seeing)}
 
 
+def engine_generates(t: Training, d: Distributed) -> bool:
+    """Whether the engine's loop generates in training; with FSDP all processes pass through the model in TRL's."""
+    return t.generation == "transformers" and d.strategy != "fsdp"
+
+
 def training_memory(
     m: Model, gpu: Gpu, t: Training, d: Distributed, train: Questions, validation: Questions
 ) -> dict[str, dict[str, float]]:
@@ -142,7 +147,7 @@ def training_memory(
     pixels = completions * a.pixel_bytes("float32") * sum(image.patches for image in train.largest)
     phases = {}
     if t.generation in ("transformers", "trl"):
-        group = t.group_size if t.generation == "transformers" and d.strategy != "fsdp" else 1
+        group = t.group_size if engine_generates(t, d) else 1
         phases["generation"] = resident | {"pixels": pixels}
         phases["generation"] |= generation_bytes(
             m, completions / group, group, train.longest, train.largest, t.max_completion_tokens, merged=False
@@ -327,13 +332,13 @@ def training_costs(
 
     groups = completions / t.group_size
     seen = sum(a.vision_flops(image) for image in train.images)
-    engine = t.generation == "transformers" and d.strategy != "fsdp"
+    engine = engine_generates(t, d)
     if t.generation in ("transformers", "trl"):
         beside = not engine or m.dtype != "float32"  # the engine's loop merges the adapter where that rounds nothing
         prompts = groups if engine else completions
         rows = completions * length.mean / length.longest if engine else completions
-        looked = seen * (groups if engine or t.share_prompts else completions)
-        prefill = prefill_flops(m, train.mean, (), beside) * prompts + looked
+        prefill = prefill_flops(m, train.mean, (), beside) * prompts
+        prefill += seen * (groups if engine or t.share_prompts else completions)
         decoded = length.mean if engine else length.longest
         decoding = decoding_flops(m, train.mean, decoded, beside) * completions
         copies = 1 if engine else 3
