@@ -22,7 +22,9 @@ from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
 from workflow_scripts.provenance import ROOT
 from workflow_scripts.rollouts.items import Item, anchor_items, stable_random
 from workflow_scripts.rollouts.transformers_engine import generate
-from workflow_scripts.scoring.pair_accuracy import credit, expected_answer, pair_outcomes, strict_pairs
+from workflow_scripts.scoring.bootstrap import accuracy_intervals
+from workflow_scripts.scoring.pair_accuracy import expected_answer
+from workflow_scripts.scoring.protocols import prompt_credit
 from workflow_scripts.stage_configuration import ModelConfig
 
 PROMPTS = 100
@@ -66,19 +68,18 @@ def main() -> None:
         spent = cost(work)
         if name == "anchor":  # whose own score is that of no difference, however it fared
             found |= {(item.prompt_id, str(item.anchor)): [0.5] for item in items}
-        credits = []
-        for row in prompts:
-            scores = [np.mean(found[row["prompt_id"], image]) for image in row["image_ids"]]
-            credits.append(credit(pair_outcomes(scores, *strict_pairs(row["ranks"])), "wrong", "wrong"))
-        each = np.array([one.mean() for one in credits])
+        scores = [[[np.mean(found[row["prompt_id"], image])] for image in row["image_ids"]] for row in prompts]
+        rules: Any = {"k": 1, "tie": "wrong", "label_tie": "dropped", "missing": "wrong", "neutral": 0.5}
+        credit = prompt_credit(scores, [row["ranks"] for row in prompts], **rules)
+        (accuracy,) = accuracy_intervals([credit], "micro", 0.95, 10_000, 0)
         rows.append(
             {
                 "comparisons": name,
                 "prompts": len(prompts),
                 "asked": len(items),
                 "cpu_seconds": round(spent.cpu, 2),
-                "accuracy_percent": round(100 * np.concatenate(credits).mean(), 1),
-                "standard_error": round(100 * each.std(ddof=1) / len(each) ** 0.5, 1),
+                "accuracy_percent": round(100 * accuracy.estimate, 1),
+                "standard_error": round(100 * accuracy.standard_error, 1),
             }
         )
         print(rows[-1], flush=True)

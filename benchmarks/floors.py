@@ -15,22 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 
 from benchmarks.data import credits
 from benchmarks.measuring import RESULTS, cost, write_rows
-from benchmarks.rollouts import BUNDLED, ROLLOUTS, SCALES, TRACKS, questions, write_larger_policy
+from benchmarks.rollouts import ROLLOUTS, SCALES, Images, cases
 from workflow_scripts.configuration import Configuration, Sampling
-from workflow_scripts.configuration import Policy as PolicySettings
 from workflow_scripts.plan import plan, this_cpu
 from workflow_scripts.planning.architecture import Architecture
 from workflow_scripts.planning.costs import Assumptions, Gpu, Model, decoding_flops, decoding_seconds, product_seconds
 from workflow_scripts.planning.costs import Length as Completions
 from workflow_scripts.policy.loading import Policy, load_policy
-from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.provenance import ROOT, write_json
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.scoring.bootstrap import accuracy_intervals
@@ -55,23 +51,15 @@ def rollouts(cpu: Gpu) -> list[dict[str, Any]]:
     """Rollouts of the transformers engine, each policy, track and k."""
     found = []
     with tempfile.TemporaryDirectory() as temporary:
-        for scale, (prompts, batch_items, pixels) in SCALES.items():
-            folder = ROOT / BUNDLED
-            if scale == "larger":
-                write_larger_policy(folder := Path(temporary) / "larger")
-            manifest = Path(temporary) / f"{scale}.json"
-            write_json(manifest, {"path": str(folder), "files": model_files(folder)})
+        for scale, track, manifest, c, batch_items, items, images in cases(Path(temporary), list(SCALES)):
+            folder = Path(json.loads(manifest.read_text())["path"])
             architecture = Architecture.of(json.loads((folder / "config.json").read_text()))
-            by_track, images = questions(prompts)
-            for track in TRACKS:
-                config = ModelConfig.of(Configuration(policy=PolicySettings(max_pixels=pixels)), track)
-                policy = load_policy(manifest, None, config)
-                for k in ROLLOUTS:
-                    case = {"work": "rollouts", "case": f"{scale}, {track}, k = {k}"}
-                    found.append(
-                        case | rollouts_of(cpu, policy, config, architecture, by_track[track], images, k, batch_items)
-                    )
-                    print(found[-1], flush=True)
+            config = ModelConfig.of(c, track)
+            policy = load_policy(manifest, None, config)
+            for k in ROLLOUTS:
+                case = {"work": "rollouts", "case": f"{scale}, {track}, k = {k}"}
+                found.append(case | rollouts_of(cpu, policy, config, architecture, items, images, k, batch_items))
+                print(found[-1], flush=True)
     return found
 
 
@@ -81,7 +69,7 @@ def rollouts_of(
     config: ModelConfig,
     architecture: Architecture,
     items: list[Item],
-    images: dict[str, PIL.Image.Image],
+    images: Images,
     k: int,
     batch_items: int,
 ) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from workflow_scripts.stage_configuration import ModelConfig
 TRACKS: tuple[Track, ...] = ("imagereward", "hpsv2")
 SIZES = ((84, 84), (112, 70), (70, 126), (168, 168), (60, 60))  # width and height of images, mixed
 ROLLOUTS = (1, 3, 8)
+Images = dict[str, Image.Image]
 BUNDLED = "models/tiny-qwen2.5-vl"
 # Prompts with four images each, items of a batch, largest image in pixels.
 SCALES = {"bundled": (32, 64, 84 * 84), "larger": (2, 8, 168 * 168)}
@@ -165,6 +166,21 @@ def engine(
     return [score[item.item_id, k] for item in items for k in range(rollouts)]
 
 
+def cases(folder: Path, scales: list[str]) -> Iterator[tuple[str, Track, Path, Configuration, int, list[Item], Images]]:
+    """Each policy and track: their names, manifest, configuration, items of a batch, items and images."""
+    for scale in scales:
+        prompts, batch_items, pixels = SCALES[scale]
+        weights = ROOT / BUNDLED
+        if scale == "larger":
+            write_larger_policy(weights := folder / "larger")
+        manifest = folder / f"{scale}.json"
+        write_json(manifest, {"path": str(weights), "files": model_files(weights)})
+        by_track, images = questions(prompts)
+        for track in TRACKS:
+            c = Configuration(policy=PolicySettings(max_pixels=pixels))
+            yield scale, track, manifest, c, batch_items, by_track[track], images
+
+
 def main() -> None:
     """Measure, and write results/rollouts.csv, or with vLLM, in its environment, results/rollouts_vllm.csv."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -176,45 +192,34 @@ def main() -> None:
     arguments = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as temporary:
-        for scale in arguments.policies:
-            prompts, batch_items, pixels = SCALES[scale]
-            folder = ROOT / BUNDLED
-            if scale == "larger":
-                write_larger_policy(folder := Path(temporary) / "larger")
-            manifest = Path(temporary) / f"{scale}.json"
-            write_json(manifest, {"path": str(folder), "files": model_files(folder)})
-            by_track, images = questions(prompts)
-            for track in TRACKS:
-                c = Configuration(policy=PolicySettings(max_pixels=pixels))
-                model = load_policy(manifest, None, ModelConfig.of(c, track))
-                works: dict[str, Callable[..., Any]] = {
-                    "plain": partial(plain, model),
-                    "transformers": partial(engine, transformers_engine.generate, model),
-                }
-                if "vllm" in arguments.contestants:
-                    from workflow_scripts.rollouts import vllm_engine
+        for scale, track, manifest, c, batch_items, items, images in cases(Path(temporary), arguments.policies):
+            model = load_policy(manifest, None, ModelConfig.of(c, track))
+            works: dict[str, Callable[..., Any]] = {
+                "plain": partial(plain, model),
+                "transformers": partial(engine, transformers_engine.generate, model),
+            }
+            if "vllm" in arguments.contestants:
+                from workflow_scripts.rollouts import vllm_engine
 
-                    vllm = vllm_engine.load_into_vllm(manifest, None, ModelConfig.of(c, track), RolloutsVllm())
-                    works["vllm"] = partial(engine, vllm_engine.generate, vllm)
-                items = by_track[track]
-                asked = (items, images)
-                if scale == "bundled":  # whose thoughts end by themselves, so that no answer is forced
-                    greedy = [works[name](*asked, 1, batch_items, Sampling(temperature=0)) for name in list(works)[:2]]
-                    # Not all: where two tokens are nearly as likely, the order of sums decides.
-                    assert np.isclose(*greedy, atol=1e-3).mean() > 0.9, greedy
-                for threads in arguments.threads:
-                    torch.set_num_threads(threads)
-                    for k in ROLLOUTS:
-                        contestants = {
-                            name: partial(works[name], *asked, k, batch_items, Sampling())
-                            for name in arguments.contestants
-                        }
-                        for row in contest(contestants, arguments.rounds):
-                            case = {"policy": scale, "track": track, "threads": threads, "items": len(items), "k": k}
-                            print(json.dumps(case | row), flush=True)
-                            found.append(case | row)
-                del model, works
-                gc.collect()
+                vllm = vllm_engine.load_into_vllm(manifest, None, ModelConfig.of(c, track), RolloutsVllm())
+                works["vllm"] = partial(engine, vllm_engine.generate, vllm)
+            asked = (items, images)
+            if scale == "bundled":  # whose thoughts end by themselves, so that no answer is forced
+                greedy = [works[name](*asked, 1, batch_items, Sampling(temperature=0)) for name in list(works)[:2]]
+                # Not all: where two tokens are nearly as likely, the order of sums decides.
+                assert np.isclose(*greedy, atol=1e-3).mean() > 0.9, greedy
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
+                for k in ROLLOUTS:
+                    contestants = {
+                        name: partial(works[name], *asked, k, batch_items, Sampling()) for name in arguments.contestants
+                    }
+                    for row in contest(contestants, arguments.rounds):
+                        case = {"policy": scale, "track": track, "threads": threads, "items": len(items), "k": k}
+                        print(json.dumps(case | row), flush=True)
+                        found.append(case | row)
+            del model, works
+            gc.collect()
     replace_rows("rollouts_vllm" if "vllm" in arguments.contestants else "rollouts", "policy", found)
 
 
