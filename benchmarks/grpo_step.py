@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import process_cost, write_rows
+from benchmarks.measuring import process_cost, replace_rows
 from workflow_scripts.configuration import Track, load
 from workflow_scripts.provenance import ROOT
 from workflow_scripts.stage_configuration import TrainGrpo
@@ -73,6 +73,7 @@ def main() -> None:
     """Make the data, measure, and write results/grpo_step.csv."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=list(TRACKS))
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     arguments = parser.parse_args()
     contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in {"TRL", *arguments.contestants}}
@@ -85,11 +86,11 @@ def main() -> None:
         command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--nolock"]
         command += [*splits, f"{folder}/policies/base/manifest.json", "--configfile", str(configuration)]
         subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
-        for track in TRACKS:
+        for track in arguments.tracks:
             steps: dict[str, list[float]] = {name: [] for name in contestants}
-            for _ in range(arguments.rounds):
-                for name, choice in contestants.items():
-                    few, many = (training(folder, track, count, choice) for count in (FEW, MANY))
+            for number in range(arguments.rounds):
+                for name in contestants if number % 2 == 0 else reversed(contestants):
+                    few, many = (training(folder, track, count, contestants[name]) for count in (FEW, MANY))
                     steps[name].append((many - few) / (MANY - FEW))
             for name, own in steps.items():
                 speedup = statistics.median(a / b for a, b in zip(steps["TRL"], own, strict=True))
@@ -97,7 +98,7 @@ def main() -> None:
                 row |= {"speedup": round(speedup, 2), "rounds": arguments.rounds}
                 print(json.dumps(row), flush=True)
                 found.append(row)
-    write_rows("grpo_step", found)
+            replace_rows("grpo_step", "track", found)
 
 
 if __name__ == "__main__":

@@ -27,17 +27,22 @@ def table(name: str) -> str:
 
 
 def plot(path: Path) -> None:
-    """How many times fewer CPU seconds rollouts take than with `generate`, on one thread."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
+    """Times fewer CPU seconds than with `generate` that rollouts take on one thread, and how CPU seconds grow."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     rollouts = pd.read_csv(RESULTS / "rollouts.csv")
     chosen = rollouts[(rollouts.threads == 1) & (rollouts.contestant == "transformers")]
     for (policy, track), rows in chosen.groupby(["policy", "track"]):
-        axes.plot(rows.k, rows.speedup_cpu, marker="o", label=f"{policy} policy, {track}")
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xlabel="rollouts of an item", ylabel="times fewer CPU seconds", ylim=(0, None))
-    axes.set_xticks(sorted(chosen.k.unique()))
-    axes.legend()
+        left.plot(rows.k, rows.speedup_cpu, marker="o", label=f"{policy} policy, {track}")
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.set(xlabel="rollouts of an item", ylabel="times fewer CPU seconds", ylim=(0, None))
+    left.set_xticks(sorted(chosen.k.unique()))
+    left.legend()
+    for work, rows in pd.read_csv(RESULTS / "growth.csv").groupby("work", sort=False):
+        right.plot(rows.factor, rows.cpu_seconds, marker="o", label=str(work).replace("_", " "))
+    right.set(xlabel="times the smallest size", ylabel="CPU seconds, start included", yscale="log")
+    right.set_xticks([1, 2, 4, 8])
+    right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
 
 
