@@ -1,14 +1,18 @@
 """CPU seconds of a GRPO step: TRL's trainer alone against the stage's defaults, same data, seed and rewards.
 
-python -m benchmarks.grpo_step
+python -m benchmarks.grpo_step              # results/grpo_step.csv
+python -m benchmarks.grpo_step --phases     # results/grpo_phases.csv: where a step's time goes
 
 Each contestant is the stage `train_grpo` on the default's model and training data, as a process, without validation
-but the first and the last; a step is the difference between a longer and a shorter training, over its steps.
+but the first and the last; a step is the difference between a longer and a shorter training, over its steps. Phases
+are from Python's profiler, of one training each.
 """
 
 import argparse
+import itertools
 import json
 import os
+import pstats
 import statistics
 import subprocess
 import sys
@@ -46,8 +50,8 @@ def data(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def training(folder: Path, track: Track, steps: int, choice: dict[str, Any]) -> float:
-    """CPU seconds of a training."""
+def training(folder: Path, track: Track, steps: int, choice: dict[str, Any], *profiler: str) -> float:
+    """CPU seconds of a training, run by Python with these `profiler` options."""
     raw = data(folder, steps)
     raw["training"][track] |= choice
     with tempfile.TemporaryDirectory() as temporary:
@@ -60,7 +64,7 @@ def training(folder: Path, track: Track, steps: int, choice: dict[str, Any]) -> 
             }
         files |= {"adapter": out / "adapter_model.safetensors", "adapter_config": out / "adapter_config.json"}
         files |= {"record": out / "training.json", "checkpoints": out / "checkpoints"}
-        command = [sys.executable, "-m", "workflow_scripts.train_grpo"]
+        command = [sys.executable, *profiler, "-m", "workflow_scripts.train_grpo"]
         command += ["--config", TrainGrpo.of(load(raw), track, 0).canonical()]
         command += [word for name, path in files.items() for word in (f"--{name}", str(path))]
         untracked = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
@@ -69,12 +73,42 @@ def training(folder: Path, track: Track, steps: int, choice: dict[str, Any]) -> 
         return process_cost(command, cwd=ROOT, env=environment, **quiet).cpu
 
 
+def phases(profile: Path) -> dict[str, float]:
+    """Seconds of each phase of a profiled training's steps, by the names of TRL's and transformers' functions."""
+    functions: Any = pstats.Stats(str(profile)).stats  # type: ignore[attr-defined]
+
+    def spent(name: str, file: str = "grpo_trainer.py", within: str | None = None) -> float:
+        """Seconds in functions of this name, those that they called included; only of calls from `within`."""
+        total = 0.0
+        for (path, _, own), (_, _, _, cumulative, callers) in functions.items():
+            if own == name and path.endswith(file):
+                from_it = (seconds for (_, _, caller), (_, _, _, seconds) in callers.items() if caller == within)
+                total += sum(from_it) if within else cumulative
+        return total
+
+    scored = spent("_get_per_token_logps_and_entropies")
+    in_loss = spent("wrapper", "extras/profiling.py", within="_compute_loss")
+    around = spent("_generate_and_score_completions") - spent("_generate") - (scored - in_loss)
+    trainer = "transformers/trainer.py"
+    whole = spent("_run_epoch", trainer) - spent("_maybe_log_save_evaluate", trainer, within="_run_epoch")
+    found = {
+        "read and decode images": spent("get_batch_samples", trainer),
+        "generate": spent("_generate"),
+        "reference policy": scored - in_loss,
+        "rewards, advantages, inputs": around,
+        "forward": spent("compute_loss"),
+        "backward": spent("backward", "accelerator.py"),
+    }
+    return found | {"optimizer and trainer": whole - sum(found.values())}
+
+
 def main() -> None:
     """Make the data, measure, and write results/grpo_step.csv."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=list(TRACKS))
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument("--phases", action="store_true", help="where a step's time goes, instead of its length")
     arguments = parser.parse_args()
     contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in {"TRL", *arguments.contestants}}
     found = []
@@ -86,6 +120,17 @@ def main() -> None:
         command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--nolock"]
         command += [*splits, f"{folder}/policies/base/manifest.json", "--configfile", str(configuration)]
         subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+        if arguments.phases:
+            profile = Path(temporary) / "profile"
+            for track, (name, choice) in itertools.product(arguments.tracks, contestants.items()):
+                training(folder, track, MANY, choice, "-m", "cProfile", "-o", str(profile))
+                seconds = phases(profile)
+                for phase, own in seconds.items():
+                    row = {"track": track, "contestant": name, "phase": phase, "seconds_a_step": round(own / MANY, 3)}
+                    found.append(row | {"percent": round(100 * own / sum(seconds.values()), 1)})
+                    print(json.dumps(found[-1]), flush=True)
+            replace_rows("grpo_phases", "track", found)
+            return
         for track in arguments.tracks:
             steps: dict[str, list[float]] = {name: [] for name in contestants}
             for number in range(arguments.rounds):

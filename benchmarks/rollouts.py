@@ -30,7 +30,7 @@ from benchmarks.measuring import contest, replace_rows
 from tests.policy.qwen_vocabulary import processor as qwen_processor
 from workflow_scripts.configuration import Configuration, RolloutsVllm, Sampling, Track
 from workflow_scripts.configuration import Policy as PolicySettings
-from workflow_scripts.policy.loading import Policy, load_policy
+from workflow_scripts.policy.loading import Policy, as_policy, load_model, load_policy, load_processor
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages
 from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
@@ -46,7 +46,7 @@ ROLLOUTS = (1, 3, 8)
 Images = dict[str, Image.Image]
 BUNDLED = "models/tiny-qwen2.5-vl"
 # Prompts with four images each, items of a batch, largest image in pixels.
-SCALES = {"bundled": (32, 64, 84 * 84), "larger": (2, 8, 168 * 168)}
+SCALES = {"bundled": (32, 64, 84 * 84), "larger": (1, 8, 168 * 168)}
 
 
 def questions(prompts: int) -> tuple[dict[Track, list[Item]], dict[str, Image.Image]]:
@@ -100,7 +100,10 @@ def plain(
     batch_items: int,
     sampling: Sampling,
 ) -> list[float]:
-    """What a user writes: `generate(num_return_sequences=k)`, then a second forward pass for the answer's logits."""
+    """What a user writes: `generate(num_return_sequences=k)`, then a second forward pass for the answer's logits.
+
+    `policy` is as transformers loads it.
+    """
     model: Any = policy.model
     processor: Any = policy.processor
     answer_ids = torch.tensor(policy.answer_token_ids)
@@ -193,15 +196,16 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for scale, track, manifest, c, batch_items, items, images in cases(Path(temporary), arguments.policies):
-            model = load_policy(manifest, None, ModelConfig.of(c, track))
+            config = ModelConfig.of(c, track)
+            unchanged = as_policy(load_model(manifest, config), load_processor(manifest, config), config)
             works: dict[str, Callable[..., Any]] = {
-                "plain": partial(plain, model),
-                "transformers": partial(engine, transformers_engine.generate, model),
+                "plain": partial(plain, unchanged),
+                "transformers": partial(engine, transformers_engine.generate, load_policy(manifest, None, config)),
             }
             if "vllm" in arguments.contestants:
                 from workflow_scripts.rollouts import vllm_engine
 
-                vllm = vllm_engine.load_into_vllm(manifest, None, ModelConfig.of(c, track), RolloutsVllm())
+                vllm = vllm_engine.load_into_vllm(manifest, None, config, RolloutsVllm())
                 works["vllm"] = partial(engine, vllm_engine.generate, vllm)
             asked = (items, images)
             if scale == "bundled":  # whose thoughts end by themselves, so that no answer is forced
@@ -218,7 +222,7 @@ def main() -> None:
                         case = {"policy": scale, "track": track, "threads": threads, "items": len(items), "k": k}
                         print(json.dumps(case | row), flush=True)
                         found.append(case | row)
-            del model, works
+            del unchanged, works
             gc.collect()
     replace_rows("rollouts_vllm" if "vllm" in arguments.contestants else "rollouts", "policy", found)
 

@@ -365,8 +365,9 @@ def training_costs(
         updating = a.update_flops(
             tokens, scored, shown, m.rank, m.target_modules, t.gradient_checkpointing, m.attention
         )
-    scoring = (forward + a.head_flops(scored)) * completions + looked
-    reference = Cost(scoring, product_seconds(gpu, assumed, scoring)).times(passes)
+    scoring = (forward + a.head_flops(scored)) * completions * passes
+    scoring += looked * (1 if t.share_prompts else passes)  # features of the images are kept from pass to pass
+    reference = Cost(scoring, product_seconds(gpu, assumed, scoring))
     update = Cost(updating * completions, product_seconds(gpu, assumed, updating * completions))
 
     validations = 1 + t.steps // t.validate_every

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from workflow_scripts.policy.manifest import PolicyError, base_path
+from workflow_scripts.policy.output_head import turn_product_of_few_rows
 from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER, messages
 from workflow_scripts.policy.shared_prompts import share_prompts
 from workflow_scripts.stage_configuration import ModelConfig
@@ -117,6 +118,7 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
     """
     model: Any = load_model(manifest, config)
     share_prompts(model)
+    turn_product_of_few_rows(model)
     if adapter is not None:
         if not (adapter / "adapter_model.safetensors").is_file():  # PEFT would go on to a pickle, or to the Hub
             raise PolicyError(f"{adapter} holds no adapter_model.safetensors; train the adapter again")
