@@ -286,7 +286,7 @@ def main() -> None:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as temporary:
             measured = [{"part": part, **one} for one in PARTS[part](Path(temporary))]
-        replace_rows("data", "part", measured)
+        replace_rows("data", ["part"], measured)
         rows += measured
         print(f"{part}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     print(tabulate([list(one.values()) for one in rows], headers=list(rows[0])))

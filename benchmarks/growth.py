@@ -186,7 +186,7 @@ def main() -> None:
     rows = []
     for work in parser.parse_args().part:
         rows += growth(work)
-        replace_rows("growth", "work", rows)
+        replace_rows("growth", ["work"], rows)
     write_rows("comparisons", comparisons())
     print(tabulate([list(row.values()) for row in rows], headers=list(rows[0])))
 

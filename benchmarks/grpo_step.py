@@ -129,7 +129,7 @@ def main() -> None:
                     row = {"track": track, "contestant": name, "phase": phase, "seconds_a_step": round(own / MANY, 3)}
                     found.append(row | {"percent": round(100 * own / sum(seconds.values()), 1)})
                     print(json.dumps(found[-1]), flush=True)
-            replace_rows("grpo_phases", "track", found)
+            replace_rows("grpo_phases", ["track"], found)
             return
         for track in arguments.tracks:
             steps: dict[str, list[float]] = {name: [] for name in contestants}
@@ -143,7 +143,7 @@ def main() -> None:
                 row |= {"speedup": round(speedup, 2), "rounds": arguments.rounds}
                 print(json.dumps(row), flush=True)
                 found.append(row)
-            replace_rows("grpo_step", "track", found)
+            replace_rows("grpo_step", ["track"], found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,13 +136,14 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def replace_rows(name: str, column: str, rows: list[dict[str, Any]]) -> None:
-    """Write rows to results/<name>.csv in the place of those that have the same values in `column`; others stay."""
+def replace_rows(name: str, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Write rows to results/<name>.csv in the place of those that have the same values in `columns`; others stay."""
     path = RESULTS / f"{name}.csv"
+    measured = {tuple(str(row[column]) for column in columns) for row in rows}
     kept: list[dict[str, Any]] = []
     if path.is_file():
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row[column] not in {new[column] for new in rows}]
+            kept = [row for row in csv.DictReader(file) if tuple(row[column] for column in columns) not in measured]
     write_rows(name, kept + rows)
 
 

@@ -189,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--contestants", nargs="+", choices=["plain", "transformers", "vllm"])
     parser.add_argument("--policies", nargs="+", choices=list(SCALES), default=list(SCALES))
+    parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=list(TRACKS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.set_defaults(contestants=["plain", "transformers"])
@@ -196,6 +197,8 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for scale, track, manifest, c, batch_items, items, images in cases(Path(temporary), arguments.policies):
+            if track not in arguments.tracks:
+                continue
             config = ModelConfig.of(c, track)
             unchanged = as_policy(load_model(manifest, config), load_processor(manifest, config), config)
             works: dict[str, Callable[..., Any]] = {
@@ -224,7 +227,8 @@ def main() -> None:
                         found.append(case | row)
             del unchanged, works
             gc.collect()
-    replace_rows("rollouts_vllm" if "vllm" in arguments.contestants else "rollouts", "policy", found)
+    name = "rollouts_vllm" if "vllm" in arguments.contestants else "rollouts"
+    replace_rows(name, ["policy", "track", "threads"], found)
 
 
 if __name__ == "__main__":
