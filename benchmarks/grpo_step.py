@@ -9,7 +9,6 @@ are from Python's profiler, of one training each.
 """
 
 import argparse
-import itertools
 import json
 import os
 import pstats
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--phases", action="store_true", help="where a step's time goes, instead of its length")
     arguments = parser.parse_args()
     contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in {"TRL", *arguments.contestants}}
-    found = []
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "results"
         configuration = Path(temporary) / "config.json"
@@ -122,13 +121,18 @@ def main() -> None:
         subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
         if arguments.phases:
             profile = Path(temporary) / "profile"
-            for track, (name, choice) in itertools.product(arguments.tracks, contestants.items()):
-                training(folder, track, MANY, choice, "-m", "cProfile", "-o", str(profile))
-                seconds = phases(profile)
-                for phase, own in seconds.items():
-                    row = {"track": track, "contestant": name, "phase": phase, "seconds_a_step": round(own / MANY, 3)}
-                    found.append(row | {"percent": round(100 * own / sum(seconds.values()), 1)})
-                    print(json.dumps(found[-1]), flush=True)
+            for track in arguments.tracks:
+                seconds = {}
+                for name, choice in contestants.items():
+                    training(folder, track, MANY, choice, "-m", "cProfile", "-o", str(profile))
+                    seconds[name] = phases(profile)
+                for phase in seconds["TRL"]:
+                    row = {"track": track, "phase": phase}
+                    for name, own in seconds.items():
+                        row[f"{name}_seconds"] = f"{own[phase] / MANY:.3f}"
+                        row[f"{name}_percent"] = f"{100 * own[phase] / sum(own.values()):.1f}"
+                    print(json.dumps(row), flush=True)
+                    found.append(row)
             replace_rows("grpo_phases", ["track"], found)
             return
         for track in arguments.tracks:

@@ -102,7 +102,7 @@ def pair_units(table: pa.Table) -> dict[str, list[str]]:
     sides = (pairs.flatten().field(side).to_pylist() for side in ("a", "b"))
     units: dict[str, list[str]] = {name: [] for name in ids}
     for row, a, b in zip(pc.list_parent_indices(pairs).to_pylist(), *sides, strict=True):
-        units[ids[row]].append(subsampling.pair_unit(ids[row], {"a": a, "b": b}))
+        units[ids[row]].append(subsampling.pair_unit(ids[row], a, b))
     return units
 
 

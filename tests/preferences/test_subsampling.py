@@ -26,7 +26,7 @@ seeds = st.integers(0, 5)
 
 def units(names: list[str]) -> dict[str, list[str]]:
     """Six pairs for each prompt."""
-    return {n: [pair_unit(n, {"a": a, "b": b}) for a, b in combinations("wxyz", 2)] for n in names}
+    return {n: [pair_unit(n, a, b) for a, b in combinations("wxyz", 2)] for n in names}
 
 
 @settings(deadline=None)
@@ -122,13 +122,13 @@ def test_overlap_by_id_and_by_normalised_text() -> None:
 
 def test_pair_unit_ignores_which_image_comes_first() -> None:
     """One judged pair, one name."""
-    assert pair_unit("p", {"a": "x", "b": "y"}) == pair_unit("p", {"a": "y", "b": "x"})
+    assert pair_unit("p", "x", "y") == pair_unit("p", "y", "x") == "p\nx\ny"
 
 
 def test_restricted_rows_hold_only_images_of_kept_pairs() -> None:
     """The other pairs and images are gone, the archives stay aligned."""
     pairs = [{"a": "x", "b": "y", "preferred": 1}, {"a": "z", "b": "x", "preferred": 0}]
     row = {"prompt_id": "p", "image_ids": ["x", "y", "z"], "archives": ["1", "2", "3"], "pairs": pairs}
-    assert list(restricted([row], {pair_unit("p", pairs[1])})) == [
+    assert list(restricted([row], {pair_unit("p", pairs[1]["a"], pairs[1]["b"])})) == [
         {"prompt_id": "p", "image_ids": ["x", "z"], "archives": ["1", "3"], "pairs": [pairs[1]]}
     ]

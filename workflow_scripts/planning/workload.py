@@ -146,7 +146,7 @@ def _normalised(rows: Any) -> dict[str, str]:
 
 
 def _unit(row: Row, pair: tuple[str, str]) -> str:
-    return subsampling.pair_unit(row.prompt_id, {"a": pair[0], "b": pair[1]})
+    return subsampling.pair_unit(row.prompt_id, *pair)
 
 
 # ------------------------------------------------------------------------------------------------------- the questions

@@ -65,9 +65,9 @@ def overlap(texts: Mapping[str, str], others: Iterable[Mapping[str, str]]) -> Ov
     return found
 
 
-def pair_unit(prompt_id: str, pair: Mapping[str, Any]) -> str:
+def pair_unit(prompt_id: str, a: str, b: str) -> str:
     """Name of a judged pair, the same whichever image comes first."""
-    return "\n".join([prompt_id, *sorted((pair["a"], pair["b"]))])
+    return f"{prompt_id}\n{a}\n{b}" if a < b else f"{prompt_id}\n{b}\n{a}"
 
 
 def keep_fraction(order: Sequence[str], fraction: float, seed: int, pairs: Mapping[str, Sequence[str]] | None) -> Kept:
@@ -114,7 +114,7 @@ def draw_validation(order: Sequence[str], kept: Collection[str], texts: Mapping[
 def restricted(rows: Iterable[dict[str, Any]], kept: Collection[str]) -> Iterator[dict[str, Any]]:
     """Rows with only their kept pairs (by `pair_unit`) and only the images that occur in these."""
     for row in rows:
-        pairs = [pair for pair in row["pairs"] if pair_unit(row["prompt_id"], pair) in kept]
+        pairs = [pair for pair in row["pairs"] if pair_unit(row["prompt_id"], pair["a"], pair["b"]) in kept]
         used = {pair[side] for pair in pairs for side in ("a", "b")}
         images = [
             (name, archive) for name, archive in zip(row["image_ids"], row["archives"], strict=True) if name in used
