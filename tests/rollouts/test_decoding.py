@@ -14,7 +14,7 @@ from workflow_scripts.configuration import Sampling
 from workflow_scripts.policy.key_values import RoomyLayer, closed_up
 from workflow_scripts.policy.prompt_attention import PROMPT_ONCE
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.rollouts.decoding import Decoding, draw, sample_completions, warpers_of
+from workflow_scripts.rollouts.decoding import LARGE_VOCABULARY, Decoding, draw, look_up, sample_completions, warpers_of
 
 
 def drawn(logits: list[float], count: int, **sampling: Any) -> Counter[int]:
@@ -50,6 +50,37 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn_too() -> None:
     share = float(logits.softmax(-1)[0, 0])
     assert abs(found[0] / 400 - share) < 4 * (share * (1 - share) / 400) ** 0.5
     assert len(found) > 150
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 0.25, 1.0]), min_size=1, max_size=40), st.floats(0, 1))
+def test_a_weight_is_found_where_its_share_begins_and_never_one_of_0(weights: list[float], share: float) -> None:
+    if not any(weights):
+        return
+    row = torch.tensor([weights])
+    index, rest = look_up(row, torch.tensor([[share]], dtype=torch.double))
+    found = int(index)
+    assert weights[found] > 0 and 0 <= float(rest) <= 1
+    exact = row.double()[0]
+    before, whole = exact[:found].sum(), exact.sum()
+    assert before <= share * whole * (1 + 1e-12) and share * whole <= (before + exact[found]) * (1 + 1e-12)
+    assert abs(float(before + rest * exact[found] - share * whole)) <= 1e-12 * float(whole)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**16), st.integers(LARGE_VOCABULARY, LARGE_VOCABULARY + 300))
+def test_looking_up_in_blocks_finds_what_looking_up_in_all_finds(seed: int, vocabulary: int) -> None:
+    """Where the number is not within rounding of a border between two tokens; left-out tokens are never drawn."""
+    made = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(50, vocabulary, generator=made)
+    logits[:, torch.rand(vocabulary, generator=made) < 0.5] = float("-inf")
+    tokens = draw(logits, warpers_of(Sampling()), 1.0, torch.Generator().manual_seed(seed))
+    cumulated = logits.softmax(-1).double().cumsum(-1)
+    share = torch.rand(50, 1, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+    reached = share * cumulated[:, -1:]
+    rows = torch.arange(50)
+    low = torch.where(torch.tensor(tokens) > 0, cumulated[rows, torch.tensor(tokens) - 1], 0.0)
+    assert ((low <= reached[:, 0] + 1e-6) & (reached[:, 0] <= cumulated[rows, torch.tensor(tokens)] + 1e-6)).all()
+    assert torch.isfinite(logits[rows, torch.tensor(tokens)]).all()
 
 
 @given(st.sets(st.integers(0, 20)))

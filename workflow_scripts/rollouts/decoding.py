@@ -19,6 +19,9 @@ from workflow_scripts.configuration import Sampling
 from workflow_scripts.policy.key_values import closed_up, roomy_cache
 from workflow_scripts.policy.prompt_attention import PROMPT_ONCE, PromptStates
 
+BLOCK = 128  # tokens
+LARGE_VOCABULARY = 32 * BLOCK
+
 
 class Decoding:
     """Rows that are being decoded, in groups of `rollouts` by prompt, and the logits of the next token of each."""
@@ -90,16 +93,37 @@ def draw(
     """Next token of each row of (rows, vocabulary), the most likely one at temperature 0.
 
     One random number for each row, looked up in the cumulated probabilities: `torch.multinomial` draws one for each
-    entry of the vocabulary, which costs as much as the language model's head. In double precision, in which the
-    smallest probabilities of a large vocabulary are not lost.
+    entry of the vocabulary, which costs as much as the language model's head. A large vocabulary is looked up in blocks
+    first, since cumulating it all costs nearly as much.
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
     no_tokens: Any = torch.empty(len(logits), 0)  # none of the warpers reads the tokens so far
-    cumulated = warpers(no_tokens, logits).softmax(-1).cumsum(-1, dtype=torch.double)
+    probabilities = warpers(no_tokens, logits).softmax(-1)
     random = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device, generator=generator)
-    found = torch.searchsorted(cumulated, random * cumulated[:, -1:], right=True)
-    return found[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
+    if logits.shape[-1] < LARGE_VOCABULARY:
+        return look_up(probabilities, random)[0][:, 0].tolist()
+    blocks = torch.nn.functional.pad(probabilities, (0, -logits.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block, rest = look_up(blocks.sum(-1), random)
+    token, _ = look_up(blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0], rest)
+    return (block * BLOCK + token)[:, 0].tolist()
+
+
+def look_up(weights: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the weight in which this share of all weights of a row is reached, and the share of the weight itself.
+
+    Cumulated in double precision, in which the smallest of many are not lost. A weight of 0 is never found.
+
+    Args:
+        weights: (rows, n), not negative, their sum positive.
+        share: (rows, 1), double, from 0 to 1.
+    """
+    cumulated = weights.cumsum(-1, dtype=torch.double)
+    last = torch.nextafter(cumulated[:, -1:], torch.zeros_like(share))  # a share of 1 is in the last that is not 0
+    reached = torch.minimum(share * cumulated[:, -1:], last)
+    index = torch.searchsorted(cumulated, reached, right=True)
+    beyond = (cumulated.gather(1, index) - reached) / weights.gather(1, index)
+    return index, (1 - beyond).clamp(0, 1)
 
 
 def sample_completions(
