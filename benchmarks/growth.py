@@ -71,7 +71,8 @@ def select_subset(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
 def generate_rollouts(folder: Path, images: int, rollouts: int) -> ProcessCost:
     """Rollouts of the bundled policy, one process's share of a test set."""
     read_images(folder, images)
-    c = load({"rollouts": {"block_size": rollouts}, "datasets": {"imagereward": {"test_prompts": images}}})
+    settings = {"rollouts": {"block_size": rollouts}, "scoring": {"report_k": [1]}}
+    c = load(settings | {"datasets": {"imagereward": {"test_prompts": images}}})
     manifest = folder / "manifest.json"
     bundled = ROOT / c.policy.bundled
     write_json(manifest, {"path": str(bundled), "files": model_files(bundled)})
