@@ -42,6 +42,8 @@ def plot(path: Path) -> None:
         right.plot(rows.factor, rows.cpu_seconds, marker="o", label=str(work).replace("_", " "))
     right.set(xlabel="times the smallest size", ylabel="CPU seconds, start included", yscale="log")
     right.set_xticks([1, 2, 4, 8])
+    right.set_yticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
+    right.minorticks_off()
     right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
 
