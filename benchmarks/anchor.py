@@ -17,7 +17,7 @@ from benchmarks.measuring import cost, write_rows
 from workflow_scripts.configuration import Configuration, Sampling
 from workflow_scripts.policy.loading import load_policy
 from workflow_scripts.policy.prompts import ANSWERS
-from workflow_scripts.preferences.images import decoded
+from workflow_scripts.preferences.images import decoded, in_memory
 from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
 from workflow_scripts.provenance import ROOT
 from workflow_scripts.rollouts.items import Item, anchor_items, stable_random
@@ -60,7 +60,7 @@ def main() -> None:
         def work(items: list[Item] = items, found: dict[tuple[str, str], list[float]] = found) -> None:
             settings: Any = {"rollouts": 1, "first_k": 0, "sampling": Sampling(), "batch_items": 64, "seed": "s"}
             shown = {item.item_id: item.image_ids for item in items}
-            for rollout in generate(policy, items, images, **settings):
+            for rollout in generate(policy, items, in_memory(images), **settings):
                 second = float(expected_answer(rollout["answer_logprobs"], answers))
                 for image, preferred in zip(shown[rollout["item_id"]], (1 - second, second), strict=True):
                     found.setdefault((rollout["prompt_id"], image), []).append(preferred)

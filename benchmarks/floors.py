@@ -28,6 +28,7 @@ from workflow_scripts.planning.costs import Assumptions, Gpu, Model, decoding_fl
 from workflow_scripts.planning.costs import Length as Completions
 from workflow_scripts.policy.loading import Policy, load_policy
 from workflow_scripts.policy.prompts import messages
+from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.scoring.bootstrap import accuracy_intervals
@@ -79,7 +80,9 @@ def rollouts_of(
     lengths: list[int] = []
 
     def work() -> None:
-        lengths[:] = [len(row["completion_ids"]) for row in generate(policy, items, images, rollouts=k, **settings)]
+        lengths[:] = [
+            len(row["completion_ids"]) for row in generate(policy, items, in_memory(images), rollouts=k, **settings)
+        ]
 
     spent = sorted(cost(work).cpu for _ in range(MEASURED))[MEASURED // 2]
     chats = [messages(policy.template, item.prompt) for item in items]

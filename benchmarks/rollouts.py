@@ -33,6 +33,7 @@ from workflow_scripts.configuration import Policy as PolicySettings
 from workflow_scripts.policy.loading import Policy, as_policy, load_model, load_policy, load_processor
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages
+from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
 from workflow_scripts.provenance import ROOT, write_json
 from workflow_scripts.rollouts import transformers_engine
@@ -163,7 +164,14 @@ def engine(
 ) -> list[float]:
     """Scores by one of the project's engines, in the order of the items."""
     rows = generate(
-        policy, items, images, rollouts=rollouts, first_k=0, sampling=sampling, batch_items=batch_items, seed="s"
+        policy,
+        items,
+        in_memory(images),
+        rollouts=rollouts,
+        first_k=0,
+        sampling=sampling,
+        batch_items=batch_items,
+        seed="s",
     )
     score = {(r["item_id"], r["k"]): float(expected_answer(r["answer_logprobs"], policy.answers)) for r in rows}
     return [score[item.item_id, k] for item in items for k in range(rollouts)]

@@ -57,11 +57,13 @@ def main() -> None:
             for row in read_table(arguments.subset, SUBSET).to_pylist()
             if config.start <= row["position"] < config.stop
         ]
-        images = {row["image_id"]: decoded(row["bytes"]) for row in read_images([arguments.images])}
+        sizes, encoded = {}, {}
+        for row in read_images([arguments.images]):
+            sizes[row["image_id"]], encoded[row["image_id"]] = (row["width"], row["height"]), row["bytes"]
         if config.model.protocol == "pointwise":
-            items = pointwise_items(rows, set(images))
+            items = pointwise_items(rows, set(sizes))
         else:
-            items = anchor_items(rows, set(images), config.seed, config.both_orders)
+            items = anchor_items(rows, set(sizes), config.seed, config.both_orders)
         adapter = arguments.adapter and arguments.adapter.parent
         if config.vllm:
             from workflow_scripts.rollouts.vllm_engine import generate, load_into_vllm
@@ -72,7 +74,7 @@ def main() -> None:
             from workflow_scripts.rollouts.transformers_engine import generate
 
             policy = load_policy(arguments.base, adapter, config.model)
-        long = too_long(policy, items, {name: image.size for name, image in images.items()}, config.sampling)
+        long = too_long(policy, items, sizes, config.sampling)
         if long:
             run.warn(
                 f"{len(long)} of {len(items)} questions are longer than the policy's context and are left out, "
@@ -84,7 +86,7 @@ def main() -> None:
             generate(
                 policy,
                 items,
-                images,
+                (sizes, lambda name: decoded(encoded[name])),
                 rollouts=config.rollouts,
                 first_k=config.block * config.rollouts,
                 sampling=config.sampling,

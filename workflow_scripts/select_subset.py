@@ -13,6 +13,7 @@ test split is kept whole. Prompts that leak from the test split are dropped befo
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -61,7 +62,7 @@ def main() -> None:
             "dropped": len(dropped),
         }
 
-        chosen, pairs, of = order, None, len(order)
+        chosen, units, pairs, of = order, None, None, len(order)
         if config.split == "validation" and config.dataset != "hpsv2":
             chosen = order[: config.prompts]
             if config.prompts and len(chosen) < config.prompts:
@@ -76,9 +77,12 @@ def main() -> None:
         counts |= {"kept": len(chosen) if pairs is None else len(pairs), "of": of}
 
         place = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
-        rows = stream_rows(table.take(pa.array([place[name] for name in chosen], pa.int64())))
-        if pairs is not None:
-            rows = subsampling.restricted(rows, pairs)
+        places = pa.array([place[name] for name in chosen], pa.int64())
+        if units is None or pairs is None:
+            rows = stream_rows(table.take(places))
+        else:
+            mask = [unit in pairs for of_prompt in units.values() for unit in of_prompt]
+            rows = subsampling.restricted(stream_rows(filter_pairs(table, mask).take(places)))
         numbered = (row | {"position": position} for position, row in enumerate(rows))
         selected = write_preferences(arguments.output, numbered, SUBSET)
         run.metrics({**counts, **{f"selected_{name}": number for name, number in selected.items()}})
@@ -97,13 +101,25 @@ def normalised_texts(table: pa.Table) -> dict[str, str]:
 
 
 def pair_units(table: pa.Table) -> dict[str, list[str]]:
-    """Names of the given pairs of each prompt."""
+    """Names of the given pairs of each prompt, in the order of the table."""
     ids, pairs = table["prompt_id"].to_pylist(), table["pairs"].combine_chunks()
     sides = (pairs.flatten().field(side).to_pylist() for side in ("a", "b"))
     units: dict[str, list[str]] = {name: [] for name in ids}
     for row, a, b in zip(pc.list_parent_indices(pairs).to_pylist(), *sides, strict=True):
         units[ids[row]].append(subsampling.pair_unit(ids[row], a, b))
     return units
+
+
+def filter_pairs(table: pa.Table, mask: list[bool]) -> pa.Table:
+    """The table with those of its given pairs for which the mask, an entry for each pair of all rows, is true.
+
+    In Arrow, since most of a large table's pairs need not become objects of Python.
+    """
+    column, chosen = table["pairs"].combine_chunks(), pa.array(mask, pa.bool_())
+    counts = np.bincount(pc.list_parent_indices(column).filter(chosen).to_numpy(), minlength=len(column))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    pairs = pa.ListArray.from_arrays(offsets, column.flatten().filter(chosen))
+    return table.set_column(table.column_names.index("pairs"), table.schema.field("pairs"), pairs)
 
 
 if __name__ == "__main__":

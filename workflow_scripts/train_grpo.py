@@ -45,7 +45,7 @@ from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import ANSWERS, messages
 from workflow_scripts.policy.shared_images import process_images_once
 from workflow_scripts.policy.shared_prompts import share_prompts
-from workflow_scripts.preferences.images import decoded
+from workflow_scripts.preferences.images import Images, decoded
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, check_schema, read_table
 from workflow_scripts.provenance import replacing, write_json
 from workflow_scripts.rewards import approximate_reward, exact_reward, format_reward
@@ -118,8 +118,8 @@ def training_items(rows: list[dict[str, Any]], readable: set[str], protocol: str
     return items
 
 
-def image_reader(path: Path, cache: Path) -> tuple[dict[str, tuple[int, int]], Callable[[str], Image.Image]]:
-    """Width and height of the images of a file and a function that decodes one; memory-mapped, so any number fits."""
+def image_reader(path: Path, cache: Path) -> Images:
+    """Images of a file as engines take them; memory-mapped, so that any number fits."""
     check_schema(path, IMAGES)
     table = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache), keep_in_memory=False)
     row_of = {name: row for row, name in enumerate(table["image_id"])}
@@ -422,9 +422,9 @@ def main() -> None:
         answers = ANSWERS[config.model.protocol]
         subsets = {"train": arguments.train, "validation": arguments.validation}
         rows = {split: read_table(path, SUBSET).to_pylist() for split, path in subsets.items()}
-        sizes, read_image = {}, {}
+        images = {}
         for split, path in {"train": arguments.train_images, "validation": arguments.validation_images}.items():
-            sizes[split], read_image[split] = image_reader(path, folder / "images")
+            images[split] = image_reader(path, folder / "images")
         processor, base = load_processor(arguments.base, config.model), load_model(arguments.base, config.model)
         check_adapted_layers(base, t.lora.target_modules)
         if t.generation == "vllm_colocate":
@@ -440,9 +440,10 @@ def main() -> None:
         )
         usable = {}
         for split in subsets:
-            found = training_items(rows[split], set(sizes[split]), config.model.protocol, config.seed)
+            sizes, _ = images[split]
+            found = training_items(rows[split], set(sizes), config.model.protocol, config.seed)
             questions = [item for item, _ in found]
-            long = too_long(as_policy(base, processor, config.model), questions, sizes[split], sampling)
+            long = too_long(as_policy(base, processor, config.model), questions, sizes, sampling)
             if long:
                 run.warn(
                     f"{len(long)} of {len(found)} {split} questions are longer than the policy's context and are left "
@@ -451,6 +452,7 @@ def main() -> None:
             usable[split] = [(item, target) for item, target in found if item not in long]
             if not usable[split]:
                 raise SchemaError(f"{subsets[split]}: no {split} question is left; check the subset and its images")
+        _, read_image = images["train"]
         items, validation = usable["train"], usable["validation"]
         run.metrics({"training_items": len(items), "validation_items": len(validation)})
 
@@ -458,7 +460,7 @@ def main() -> None:
             chosen = [items[i] for i in batch["item"]]
             # One object for all rows that show an image: whoever copies or processes it can do so once.
             names = {name for item, _ in chosen for name in item.image_ids}
-            shown = {name: read_image["train"](name) for name in names}
+            shown = {name: read_image(name) for name in names}
             return {
                 "prompt": [messages(config.model.template, item.prompt) for item, _ in chosen],
                 "images": [[shown[name] for name in item.image_ids] for item, _ in chosen],
@@ -482,7 +484,7 @@ def main() -> None:
                 generate(
                     as_policy(model, processor, config.model),
                     [item for item, _ in mine],
-                    {name: read_image["validation"](name) for item, _ in mine for name in item.image_ids},
+                    images["validation"],
                     rollouts=t.validation_rollouts,
                     first_k=0,
                     sampling=sampling,

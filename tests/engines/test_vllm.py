@@ -18,6 +18,7 @@ from workflow_scripts.configuration import Configuration, RolloutsVllm, Sampling
 from workflow_scripts.policy.loading import load_policy
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import messages
+from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.preferences.schema import read_table
 from workflow_scripts.rollouts import transformers_engine, vllm_engine
 from workflow_scripts.rollouts.context import too_long
@@ -48,7 +49,7 @@ class Pair:
     def run(self, items: list[Item] | None = None, **options: Any) -> list[dict[str, Any]]:
         """Rollouts of vLLM by item and k."""
         defaults = {"rollouts": 2, "first_k": 0, "sampling": Sampling(), "batch_items": 8, "seed": "test"}
-        found = vllm_engine.generate(self.vllm, items or self.items, self.images, **(defaults | options))
+        found = vllm_engine.generate(self.vllm, items or self.items, in_memory(self.images), **(defaults | options))
         return sorted(found, key=lambda row: (row["item_id"], row["k"]))
 
     def question(self, item: Item) -> Any:
@@ -100,7 +101,7 @@ def test_answer_probabilities_of_both_engines_agree_on_the_same_tokens(pair: Pai
 
 def test_greedy_rollouts_of_both_engines_are_the_same(pair: Pair) -> None:
     options = {"rollouts": 2, "first_k": 0, "sampling": GREEDY, "batch_items": 8, "seed": "test"}
-    other = list(transformers_engine.generate(pair.model, pair.items, pair.images, **options))
+    other = list(transformers_engine.generate(pair.model, pair.items, in_memory(pair.images), **options))
     other.sort(key=lambda row: (row["item_id"], row["k"]))
     rows = pair.run(sampling=GREEDY)
     given = [name for name in ROLLOUT.names if name not in ("seed", "answer_logprobs")]

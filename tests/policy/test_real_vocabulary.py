@@ -22,6 +22,7 @@ from workflow_scripts.planning.architecture import Architecture
 from workflow_scripts.policy.loading import as_policy
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, PREFERENCES, RATINGS, messages
+from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
 from workflow_scripts.provenance import ROOT
 from workflow_scripts.rollouts.items import pointwise_items
@@ -168,7 +169,16 @@ def test_the_paper_s_configuration_rolls_out_and_trains_on_the_real_vocabulary(
     policy = load_policy(small_qwen, None, model)
     items = pointwise_items([row], set(shown))
     found = list(
-        generate(policy, items, shown, rollouts=2, first_k=0, sampling=c.rollouts.sampling, batch_items=4, seed="s")
+        generate(
+            policy,
+            items,
+            in_memory(shown),
+            rollouts=2,
+            first_k=0,
+            sampling=c.rollouts.sampling,
+            batch_items=4,
+            seed="s",
+        )
     )
     assert len(found) == 8
     for rollout in found:  # a random model answers nothing by itself, so every thought is closed by the engine

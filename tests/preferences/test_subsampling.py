@@ -3,10 +3,12 @@
 import math
 from itertools import combinations
 
+import pyarrow as pa
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from workflow_scripts.preferences.schema import PREFERENCES
 from workflow_scripts.preferences.subsampling import (
     SubsamplingError,
     draw_validation,
@@ -18,6 +20,7 @@ from workflow_scripts.preferences.subsampling import (
     restricted,
     share,
 )
+from workflow_scripts.select_subset import filter_pairs
 
 ids = st.sets(st.text(min_size=1, max_size=8), min_size=1, max_size=60)
 fractions = st.floats(0.02, 1)
@@ -125,10 +128,22 @@ def test_pair_unit_ignores_which_image_comes_first() -> None:
     assert pair_unit("p", "x", "y") == pair_unit("p", "y", "x") == "p\nx\ny"
 
 
-def test_restricted_rows_hold_only_images_of_kept_pairs() -> None:
-    """The other pairs and images are gone, the archives stay aligned."""
-    pairs = [{"a": "x", "b": "y", "preferred": 1}, {"a": "z", "b": "x", "preferred": 0}]
+def test_restricted_rows_hold_only_images_of_their_pairs() -> None:
+    """The other images are gone, the archives stay aligned."""
+    pairs = [{"a": "z", "b": "x", "preferred": 0}]
     row = {"prompt_id": "p", "image_ids": ["x", "y", "z"], "archives": ["1", "2", "3"], "pairs": pairs}
-    assert list(restricted([row], {pair_unit("p", pairs[1]["a"], pairs[1]["b"])})) == [
-        {"prompt_id": "p", "image_ids": ["x", "z"], "archives": ["1", "3"], "pairs": [pairs[1]]}
+    assert list(restricted([row])) == [row | {"image_ids": ["x", "z"], "archives": ["1", "3"]}]
+
+
+@given(st.lists(st.one_of(st.none(), st.lists(st.tuples(st.sampled_from("xyz"), st.booleans()), max_size=4))))
+def test_pairs_are_filtered_as_row_by_row(rows: list[list[tuple[str, bool]] | None]) -> None:
+    """Rows without pairs, and those that lose all of theirs, keep their places."""
+    pairs = [row and [{"a": a, "b": "w", "preferred": 0} for a, _ in row] for row in rows]
+    column = pa.array(pairs, PREFERENCES.field("pairs").type)
+    table = pa.table({"prompt_id": [str(i) for i in range(len(rows))], "pairs": column})
+    found = filter_pairs(table, [keep for row in rows for _, keep in row or []])
+    assert found["prompt_id"] == table["prompt_id"]
+    assert found["pairs"].to_pylist() == [
+        [pair for pair, (_, keep) in zip(of_row or [], row or [], strict=True) if keep]
+        for of_row, row in zip(pairs, rows, strict=True)
     ]

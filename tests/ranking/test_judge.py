@@ -16,7 +16,7 @@ from PIL import Image
 
 from workflow_scripts.configuration import Sampling
 from workflow_scripts.policy.manifest import PolicyError
-from workflow_scripts.preferences.images import UnreadableImageError, decoded
+from workflow_scripts.preferences.images import UnreadableImageError, decoded, in_memory
 from workflow_scripts.provenance import ROOT, ProvenanceError, sidecar_path
 from workflow_scripts.ranking.judge import Judge, JudgeError, as_shown, ranks_of
 from workflow_scripts.rollouts.items import Item
@@ -46,7 +46,7 @@ def test_ratings_are_those_that_the_engine_gives(judge_of: Callable[..., Judge],
     for prompt, image in zip(prompts, images, strict=True):
         item = Item("p", prompt, ("i",), "i")
         options: dict[str, Any] = {"rollouts": 1, "first_k": 0, "sampling": GREEDY, "batch_items": 1, "seed": "any"}
-        (row,) = generate(judge.policy, [item], {"i": image}, **options)
+        (row,) = generate(judge.policy, [item], in_memory({"i": image}), **options)
         expected.append(sum(rating * p for rating, p in zip(range(1, 8), probabilities(row), strict=True)))
     assert judge.score(prompts, images) == pytest.approx(expected, abs=1e-4)
     assert np.ptp(expected) > 0.1
@@ -65,7 +65,10 @@ def test_pairs_are_scored_against_one_anchor(judge_of: Callable[..., Judge], sce
         pair = {"anchor": images[anchors[0].index], "candidate": images[row.index]}
         items = [Item("p", prompt, order, "candidate", "anchor") for order in (tuple(pair), tuple(pair)[::-1])]
         options: dict[str, Any] = {"rollouts": 1, "first_k": 0, "sampling": GREEDY, "batch_items": 1, "seed": "any"}
-        rows = {r["candidate_second"]: probabilities(r)[1] for r in generate(judge.policy, items, pair, **options)}
+        rows = {
+            r["candidate_second"]: probabilities(r)[1]
+            for r in generate(judge.policy, items, in_memory(pair), **options)
+        }
         assert row.score == pytest.approx((rows[True] + 1 - rows[False]) / 2, abs=1e-4)
         assert {thought.shown for thought in row.judgement.thoughts} == {"first", "second"}
 

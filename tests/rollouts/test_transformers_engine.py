@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from workflow_scripts.configuration import Configuration, Sampling
 from workflow_scripts.policy.loading import as_policy, load_model, load_policy
 from workflow_scripts.policy.prompts import messages, sampled_answer
+from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.preferences.schema import read_table
 from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import ROLLOUT, write_rollouts
@@ -44,7 +45,7 @@ def items(scenes: Any, images: dict[str, Image.Image]) -> dict[str, list[Item]]:
 def run(policy: Any, items: list[Item], images: dict[str, Image.Image], **options: Any) -> list[dict[str, Any]]:
     """Rollouts by item and k."""
     defaults = {"rollouts": 2, "first_k": 0, "sampling": Sampling(), "batch_items": 8, "seed": "test"}
-    found = generate(policy, items, images, **(defaults | options))
+    found = generate(policy, items, in_memory(images), **(defaults | options))
     return sorted(found, key=lambda row: (row["item_id"], row["k"]))
 
 
@@ -116,8 +117,10 @@ def test_twice_is_the_same_whatever_ran_before(policies: dict[str, Any], items: 
 def test_two_shards_at_once_do_not_disturb_each_other(policies: dict[str, Any], items: Any, images: Any) -> None:
     policy, halves = policies["imagereward"], (items["imagereward"][:8], items["imagereward"][8:])
     options = {"rollouts": 2, "first_k": 0, "sampling": Sampling(), "batch_items": 3}
-    alone = [list(generate(policy, half, images, seed=f"shard {i}", **options)) for i, half in enumerate(halves)]
-    both = [generate(policy, half, images, seed=f"shard {i}", **options) for i, half in enumerate(halves)]
+    alone = [
+        list(generate(policy, half, in_memory(images), seed=f"shard {i}", **options)) for i, half in enumerate(halves)
+    ]
+    both = [generate(policy, half, in_memory(images), seed=f"shard {i}", **options) for i, half in enumerate(halves)]
     turns = list(itertools.zip_longest(*both))
     assert [[turn[i] for turn in turns if turn[i]] for i in (0, 1)] == alone
 

@@ -11,6 +11,7 @@ from PIL import Image
 from workflow_scripts.configuration import Configuration, RolloutsVllm, Sampling
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.manifest import PolicyError
+from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.vllm_engine import VllmModel, generate, load_into_vllm
 from workflow_scripts.stage_configuration import ModelConfig
@@ -80,7 +81,7 @@ def rollout(monkeypatch: pytest.MonkeyPatch) -> Any:
         chat = SimpleNamespace(tokenizer=Tokenizer(), apply_chat_template=lambda chats, **_: ["question"] * len(chats))
         policy = Policy(model, chat, "{image} {prompt}", (1, 2), [11, 12])  # type: ignore[arg-type]
         sampling = Sampling(**({"max_thinking_tokens": 8, "max_answer_tokens": 3} | options))
-        images = {"i": Image.new("RGB", (28, 28))}
+        images = in_memory({"i": Image.new("RGB", (28, 28))})
         (row,) = generate(policy, [ITEM], images, rollouts=1, first_k=5, sampling=sampling, batch_items=4, seed="s")
         return row | {"requests": llm.requests}
 

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,6 +12,10 @@ FORMATS = ("WEBP", "JPEG", "PNG", "GIF", "BMP", "TIFF")
 LARGEST_PIXELS = 2**26  # 8192 x 8192, 200 MB decoded; published images have one or two million
 LARGEST_ASPECT_RATIO = 200  # Qwen2.5-VL's processor refuses more
 BACKGROUND = (255, 255, 255)  # behind transparent pixels: white, as on the page that annotators saw
+
+
+# Width and height in pixels of each image, and what returns one by its name, as RGB.
+Images = tuple[Mapping[str, tuple[int, int]], Callable[[str], Image.Image]]
 
 
 class UnreadableImageError(ValueError):
@@ -42,6 +47,11 @@ def decoded(data: bytes) -> Image.Image:
         raise
     except Exception as error:  # PIL raises whatever a damaged file leads it to: struct.error, TypeError, KeyError, ...
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from None
+
+
+def in_memory(images: Mapping[str, Image.Image]) -> Images:
+    """Decoded images, as engines take them."""
+    return {name: image.size for name, image in images.items()}, images.__getitem__
 
 
 def _check_size(width: int, height: int) -> None:

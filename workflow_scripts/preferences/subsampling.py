@@ -111,12 +111,11 @@ def draw_validation(order: Sequence[str], kept: Collection[str], texts: Mapping[
     return free[:prompts]
 
 
-def restricted(rows: Iterable[dict[str, Any]], kept: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Rows with only their kept pairs (by `pair_unit`) and only the images that occur in these."""
+def restricted(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows with only the images that occur in their pairs."""
     for row in rows:
-        pairs = [pair for pair in row["pairs"] if pair_unit(row["prompt_id"], pair["a"], pair["b"]) in kept]
-        used = {pair[side] for pair in pairs for side in ("a", "b")}
+        used = {pair[side] for pair in row["pairs"] for side in ("a", "b")}
         images = [
             (name, archive) for name, archive in zip(row["image_ids"], row["archives"], strict=True) if name in used
         ]
-        yield row | {"pairs": pairs, "image_ids": [i for i, _ in images], "archives": [a for _, a in images]}
+        yield row | {"image_ids": [i for i, _ in images], "archives": [a for _, a in images]}

@@ -29,7 +29,7 @@ from workflow_scripts.configuration import Protocol, Sampling
 from workflow_scripts.policy.loading import Policy, load_policy
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import CLOSE_THINKING
-from workflow_scripts.preferences.images import UnreadableImageError, decoded
+from workflow_scripts.preferences.images import UnreadableImageError, decoded, in_memory
 from workflow_scripts.provenance import code_digest, digest, sidecar_path, verify
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
@@ -255,8 +255,8 @@ class Judge:
             Judgement of each image, the anchors among them, by (id of the prompt, name of the image). Images whose
             question is longer than the policy's context are not in it.
         """
-        sizes = {name: images[name].size for item in chunk for name in item.image_ids}
-        long = too_long(self.policy, chunk, sizes, self.sampling)
+        shown = in_memory({name: images[name] for item in chunk for name in item.image_ids})
+        long = too_long(self.policy, chunk, shown[0], self.sampling)
         asked = [item for item in chunk if item not in long]
         if not asked:
             return {}
@@ -265,7 +265,7 @@ class Judge:
                 generate(
                     self.policy,
                     asked,
-                    images,
+                    shown,
                     rollouts=self.k,
                     first_k=0,
                     sampling=self.sampling,

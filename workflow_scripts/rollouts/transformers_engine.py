@@ -4,17 +4,18 @@ What is in a batch depends on the items given alone, and the random numbers on t
 same whichever other shards ran, and on any number of cores.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from workflow_scripts.configuration import Sampling
 from workflow_scripts.policy.key_values import closed_up
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
+from workflow_scripts.preferences.images import Images
 from workflow_scripts.rollouts.decoding import Decoding, draw, warpers_of
 from workflow_scripts.rollouts.items import Item, stable_random
 
@@ -22,7 +23,7 @@ from workflow_scripts.rollouts.items import Item, stable_random
 def generate(
     policy: Policy,
     items: list[Item],
-    images: dict[str, Image.Image],
+    images: Images,
     *,
     rollouts: int,
     first_k: int,
@@ -32,23 +33,35 @@ def generate(
 ) -> Iterator[dict[str, Any]]:
     """Generate `rollouts` rollouts of every item, as rows of `rollouts.record.ROLLOUT`.
 
-    Items are batched by length; `images` are RGB. `seed` is any text; each batch draws from a generator of its own made
-    from it.
+    Items are batched by length; an image is read for the batches that show it, so that any number fits into memory.
+
+    Args:
+        policy: what answers.
+        items: questions.
+        images: sizes of all images, and what reads one.
+        rollouts: of each item.
+        first_k: number of the first of them.
+        sampling: temperature, budgets and what else decides about a token.
+        batch_items: items that are prefilled together.
+        seed: any text; each batch draws from a generator of its own made from it.
     """
     if not items:  # a shard beyond the end of the test set, or one whose images cannot be read
         return
+    sizes, read_image = images
     tokenizer = policy.tokenizer
     chats = [messages(policy.template, item.prompt) for item in items]
     prompts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
-    sizes = [sum(images[i].width * images[i].height for i in item.image_ids) for item in items]
-    order = sorted(range(len(items)), key=lambda i: (sizes[i], lengths[i], items[i].item_id))
+    pixels = [sum(math.prod(sizes[name]) for name in item.image_ids) for item in items]
+    order = sorted(range(len(items)), key=lambda i: (pixels[i], lengths[i], items[i].item_id))
     for start in tqdm(range(0, len(order), batch_items), desc="batches of items", mininterval=10):
         batch = order[start : start + batch_items]
         batch_seed = stable_random(seed, start)
+        # One object for all questions that show an image: the processor can then do its work once.
+        shown = {name: read_image(name) for name in {name for i in batch for name in items[i].image_ids}}
         inputs = policy.processor(
             text=[prompts[i] for i in batch],
-            images=[[images[name] for name in items[i].image_ids] for i in batch],
+            images=[[shown[name] for name in items[i].image_ids] for i in batch],
             padding=True,
             add_special_tokens=False,  # the chat template has them
             return_tensors="pt",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
@@ -22,6 +21,7 @@ from workflow_scripts.configuration import RolloutsVllm, Sampling
 from workflow_scripts.policy.loading import Policy, as_policy, image_settings, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
+from workflow_scripts.preferences.images import Images
 from workflow_scripts.rollouts.items import Item, stable_random
 from workflow_scripts.stage_configuration import ModelConfig
 
@@ -127,7 +127,7 @@ class _Rollout:
 def generate(
     policy: Policy,
     items: list[Item],
-    images: dict[str, Image.Image],
+    images: Images,
     *,
     rollouts: int,
     first_k: int,
@@ -137,21 +137,24 @@ def generate(
 ) -> Iterator[dict[str, Any]]:
     """Generate `rollouts` rollouts of every item, as rows of `rollouts.record.ROLLOUT`.
 
-    vLLM is given `batch_items` items at once; `images` are RGB. `seed` is any text; each rollout draws from generators
-    of its own made from it.
+    The arguments are the transformers engine's, but that vLLM makes its own batches of the `batch_items` items that it
+    is given at once, which need no sizes, and that each rollout draws from generators of its own made from the seed.
     """
     if not items:  # a shard beyond the end of the test set, or one whose images cannot be read
         return
+    _, read_image = images
     chats = [messages(policy.template, item.prompt) for item in items]
     prompts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     token_ids = policy.tokenizer(prompts, add_special_tokens=False)["input_ids"]
     order = sorted(range(len(items)), key=lambda i: items[i].item_id)
     for start in tqdm(range(0, len(order), batch_items), desc="batches of items", mininterval=10):
+        chosen = order[start : start + batch_items]
+        shown = {name: read_image(name) for name in {name for i in chosen for name in items[i].image_ids}}
         batch = []
-        for i in order[start : start + batch_items]:
+        for i in chosen:
             question = {
                 "prompt_token_ids": token_ids[i],  # one token for each image, which vLLM expands
-                "multi_modal_data": {"image": [images[name] for name in items[i].image_ids]},
+                "multi_modal_data": {"image": [shown[name] for name in items[i].image_ids]},
             }
             for k in range(first_k, first_k + rollouts):
                 batch.append(_Rollout(items[i], question, k, _seed(seed, items[i].item_id, k), []))
