@@ -87,6 +87,12 @@ def text_only(policy: Policy, items: Sequence[Item]) -> dict[str, Callable[[], o
     }
 
 
+def two_threads(policy: Policy, asked: Any) -> None:
+    """Rollouts of all items by this process, on two threads."""
+    torch.set_num_threads(2)
+    engine(generate, policy, *asked)
+
+
 def main() -> None:
     """Measure, and write results/alternatives.csv."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -100,31 +106,23 @@ def main() -> None:
             asked: Any = (items, images, ROLLOUTS, batch_items, Sampling())
             torch.set_num_threads(1)
             kinds = {"float32": policy, "bfloat16": in_bfloat16(policy), "compiled": compiled(policy)}
-            contests: list[tuple[str, dict[str, Callable[[], object]]]] = [
-                ("numbers", {name: partial(engine, generate, kind, *asked) for name, kind in kinds.items()}),
-            ]
-            if track == TRACKS[0]:
-                contests.append(("text", text_only(policy, items)))
-            for about, works in contests:
-                for row in contest(works, rounds):
-                    found.append({"about": about, "track": track, **row})
-                    print(found[-1], flush=True)
             case = (manifest, config, items, images, batch_items)
             with multiprocessing.get_context("spawn").Pool(2, start_worker, (case,)) as pool:
-
-                def two_threads(policy: Policy = policy, asked: Any = asked) -> None:
-                    torch.set_num_threads(2)
-                    engine(generate, policy, *asked)
-
-                works = {
-                    "a process of two threads": two_threads,
-                    "two of one thread": partial(pool.map, work_on_half, [0, 1], 1),
+                contests: dict[str, dict[str, Callable[[], object]]] = {
+                    "numbers": {name: partial(engine, generate, kind, *asked) for name, kind in kinds.items()},
+                    "workers": {
+                        "a process of two threads": partial(two_threads, policy, asked),
+                        "two of one thread": partial(pool.map, work_on_half, [0, 1], 1),
+                    },
                 }
-                for row in contest(works, rounds):
-                    # The CPU seconds of the workers are not those of this process.
-                    row |= {"cpu_seconds": "", "speedup_cpu": ""}
-                    found.append({"about": "workers", "track": track, **row})
-                    print(found[-1], flush=True)
+                if track == TRACKS[0]:
+                    contests["text"] = text_only(policy, items)
+                for about, works in contests.items():
+                    for row in contest(works, rounds):
+                        if about == "workers":  # whose CPU seconds are not those of this process
+                            row |= {"cpu_seconds": "", "speedup_cpu": ""}
+                        found.append({"about": about, "track": track, **row})
+                        print(found[-1], flush=True)
     write_rows("alternatives", found)
 
 

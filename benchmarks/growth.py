@@ -141,12 +141,15 @@ PARTS: dict[str, Callable[[Path, int], tuple[int, str, ProcessCost]]] = {
 }
 
 
-def growth(work: str) -> list[dict[str, Any]]:
-    """Rows of one work."""
+def growth(work: str, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one work: of each size the run with the median of CPU seconds."""
     found = []
     for factor in FACTORS:
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(PARTS[work](Path(folder), factor))
+        measured = []
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                measured.append(PARTS[work](Path(folder), factor))
+        found.append(sorted(measured, key=lambda one: one[2].cpu)[rounds // 2])
         print(work, *found[-1], flush=True)
     sizes = np.array([size for size, _, _ in found], float)
     cpu = np.array([measured.cpu for _, _, measured in found])
@@ -184,9 +187,11 @@ def main() -> None:
     """Measure the parts, write them to results/growth.csv, print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
     rows = []
-    for work in parser.parse_args().part:
-        rows += growth(work)
+    for work in arguments.part:
+        rows += growth(work, arguments.rounds)
         replace_rows("growth", ["work"], rows)
     write_rows("comparisons", comparisons())
     print(tabulate([list(row.values()) for row in rows], headers=list(rows[0])))
