@@ -1,5 +1,5 @@
-# Raw layouts, canonical annotations, what is kept of them, and the images of that. They come first, so that training,
-# the longest job, can start soon.
+# Raw layouts, canonical annotations, what is kept of them, and the images of that. They come before rollouts of the
+# untrained policy, so that training, the longest job, can start soon.
 
 
 rule synthesize_dataset:
@@ -8,6 +8,7 @@ rule synthesize_dataset:
         provenance=f"{DOWNLOADS}/synthetic/{{dataset}}/dataset.json.provenance.json",
     log:
         f"{RESULTS}/logs/synthesize_dataset/{{dataset}}.log",
+    priority: 5
     conda:
         "../envs/softpref.yaml"
     resources:
@@ -28,6 +29,7 @@ rule download_dataset:
         provenance=f"{DOWNLOADS}/hub/{{dataset}}/dataset.json.provenance.json",
     log:
         f"{RESULTS}/logs/download_dataset/{{dataset}}.log",
+    priority: 5
     conda:
         "../envs/softpref.yaml"
     resources:
@@ -49,6 +51,7 @@ rule record_own_data:
         provenance=f"{RESULTS}/datasets/own/dataset.json.provenance.json",
     log:
         f"{RESULTS}/logs/record_own_data.log",
+    priority: 5
     conda:
         "../envs/softpref.yaml"
     resources:
@@ -69,6 +72,7 @@ rule read_annotations:
         provenance=f"{RESULTS}/datasets/{{dataset}}/{{split}}/preferences.parquet.provenance.json",
     log:
         f"{RESULTS}/logs/read_annotations/{{dataset}}-{{split}}.log",
+    priority: 5
     conda:
         "../envs/softpref.yaml"
     resources:
@@ -92,6 +96,7 @@ rule select_training_subset:
         provenance=f"{RESULTS}/datasets/{{dataset}}/train/subset.parquet.provenance.json",
     log:
         f"{RESULTS}/logs/select_subset/{{dataset}}-train.log",
+    priority: 5
     conda:
         "../envs/softpref.yaml"
     resources:
@@ -117,6 +122,7 @@ rule select_validation_subset:
         provenance=f"{RESULTS}/datasets/{{dataset}}/validation/subset.parquet.provenance.json",
     log:
         f"{RESULTS}/logs/select_subset/{{dataset}}-validation.log",
+    priority: 5
     conda:
         "../envs/softpref.yaml"
     resources:
@@ -140,6 +146,7 @@ rule order_test_prompts:
         provenance=f"{RESULTS}/datasets/{{dataset}}/test/subset.parquet.provenance.json",
     log:
         f"{RESULTS}/logs/select_subset/{{dataset}}-test.log",
+    priority: 5
     conda:
         "../envs/softpref.yaml"
     resources:
@@ -166,6 +173,7 @@ rule read_images:
         f"{RESULTS}/logs/read_images/{{dataset}}-{{split}}-{{shard}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/read_images/{{dataset}}-{{split}}-{{shard}}.tsv"
+    priority: 5
     conda:
         "../envs/softpref.yaml"
     resources:

@@ -180,6 +180,7 @@ def test_one_process_is_not_taken_for_two(training_inputs: dict[str, Path], tmp_
     assert sorted(path.name for path in folder.glob("*")) == ["checkpoints"]
 
 
+@pytest.mark.slow
 def test_all_processes_end_where_the_first_is_refused(training_inputs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = stage(training_inputs, folder, TWO)

@@ -134,7 +134,11 @@ TARGETS = {
 }
 # The stage's own first: a stage that is orphaned ends, and a training that has ended leaves no checkpoint.
 KILLS = [(stage, fault) for stage in TARGETS for fault in (MORE.get(stage, {}) | EVERYWHERE).values()]
-KILLS_OF_TABLES = [fault for stage, fault in KILLS if stage == "make_tables"]
+KILLS_OF_TABLES = [
+    MORE["make_tables"]["between tables"],
+    EVERYWHERE["in the middle of writing"],
+    EVERYWHERE["before the provenance"],
+]
 RANDOM_KILLS = 12
 
 
@@ -257,8 +261,8 @@ def assert_one_finished_run_per_stage(checkout: Checkout) -> None:
 
 
 @pytest.mark.cases(len(KILLS_OF_TABLES))
-def test_tables_killed_at_every_point(workflow: Workflow, tmp_path: Path) -> None:
-    """The short version: the last stage, on results whose other stages are finished."""
+def test_tables_killed_while_they_are_written(workflow: Workflow, tmp_path: Path) -> None:
+    """The short version: the last stage at half of its points, on results whose other stages are finished."""
     checkout = hooked(workflow.copy(tmp_path / "checkout"))
     remove_results_of(checkout, "make_tables")
     for fault in KILLS_OF_TABLES:

@@ -75,6 +75,7 @@ def test_checking_out_again_reruns_nothing(workflow: Workflow, tmp_path: Path) -
     assert Workflow(clone).planned() == []
 
 
+@pytest.mark.slow
 def test_a_moved_repository_goes_on(workflow: Workflow, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     moved = workflow.copy(tmp_path / "other" / "place")
     runs = attached(workflow)
