@@ -84,12 +84,12 @@ def generate_rollouts(folder: Path, images: int, rollouts: int) -> ProcessCost:
 
 def roll_out_more_items(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
     """One rollout of more items."""
-    return 100 * factor, "items", generate_rollouts(folder, 100 * factor, 1)
+    return 200 * factor, "items", generate_rollouts(folder, 200 * factor, 1)
 
 
 def roll_out_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
     """More rollouts of the same items."""
-    return 3 * factor, "rollouts of 100 items", generate_rollouts(folder, 100, 3 * factor)
+    return 6 * factor, "rollouts of 100 items", generate_rollouts(folder, 100, 6 * factor)
 
 
 def scoring(folder: Path, prompts: int, rollouts: int, report_k: list[int]) -> tuple[int, ProcessCost, ProcessCost]:
@@ -105,26 +105,26 @@ def scoring(folder: Path, prompts: int, rollouts: int, report_k: list[int]) -> t
 
 def score_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
     """Scores of more rollouts of the same items."""
-    _, scored, _ = scoring(folder, 400, 5 * factor, [1])
-    return 5 * factor, "rollouts of 3,300 items", scored
+    _, scored, _ = scoring(folder, 400, 20 * factor, [1])
+    return 20 * factor, "rollouts of 3,300 items", scored
 
 
 def score_more_items(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
     """Scores of more items."""
-    _, scored, _ = scoring(folder, 400 * factor, 5, [1])
-    return 400 * factor, "prompts", scored
+    _, scored, _ = scoring(folder, 1600 * factor, 5, [1])
+    return 1600 * factor, "prompts", scored
 
 
 def measure_more_pairs(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
     """Accuracies and their bootstrap over more pairs, Mean@1 and Mean@3 of 5 rollouts."""
-    pairs, _, measured = scoring(folder, 400 * factor, 5, [1, 3])
+    pairs, _, measured = scoring(folder, 1600 * factor, 5, [1, 3])
     return pairs, "pairs", measured
 
 
 def measure_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
     """Accuracies of Mean@1 of more rollouts. Mean@k of K is over all C(K, k) choices, which is a power of K."""
-    _, _, measured = scoring(folder, 400, 5 * factor, [1])
-    return 5 * factor, "rollouts of 3,300 items", measured
+    _, _, measured = scoring(folder, 400, 20 * factor, [1])
+    return 20 * factor, "rollouts of 3,300 items", measured
 
 
 # Adding a work: a function of a folder and a factor that returns its size, the unit and the cost.
@@ -143,14 +143,13 @@ PARTS: dict[str, Callable[[Path, int], tuple[int, str, ProcessCost]]] = {
 
 def growth(work: str, rounds: int) -> list[dict[str, Any]]:
     """Rows of one work: of each size the run with the median of CPU seconds."""
-    found = []
-    for factor in FACTORS:
-        measured = []
-        for _ in range(rounds):
+    runs: dict[int, list[tuple[int, str, ProcessCost]]] = {factor: [] for factor in FACTORS}
+    for _ in range(rounds):  # each of all sizes, so that a machine that gets slower does not bend the line
+        for factor in FACTORS:
             with tempfile.TemporaryDirectory() as folder:
-                measured.append(PARTS[work](Path(folder), factor))
-        found.append(sorted(measured, key=lambda one: one[2].cpu)[rounds // 2])
-        print(work, *found[-1], flush=True)
+                runs[factor].append(PARTS[work](Path(folder), factor))
+            print(work, *runs[factor][-1], flush=True)
+    found = [sorted(of_size, key=lambda one: one[2].cpu)[rounds // 2] for of_size in runs.values()]
     sizes = np.array([size for size, _, _ in found], float)
     cpu = np.array([measured.cpu for _, _, measured in found])
     unit_cost, start = np.polyfit(sizes, cpu, 1)
