@@ -3,9 +3,9 @@
 python -m benchmarks.grpo_step              # results/grpo_step.csv
 python -m benchmarks.grpo_step --phases     # results/grpo_phases.csv: where a step's time goes
 
-Each contestant is the stage `train_grpo` on the default's model and training data, as a process, without validation
-but the first and the last; a step is the difference between a longer and a shorter training, over its steps. Phases
-are from Python's profiler, of one training each.
+Each contestant is the stage `train_grpo` on the default's training data, as a process, without validation but the first
+and the last; a step is the difference between a longer and a shorter training, over its steps. The larger policy is
+that of `benchmarks.rollouts`, with 8 completions in a step. Phases are from Python's profiler, of one training each.
 """
 
 import argparse
@@ -19,9 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.made_up import write_sidecar
 from benchmarks.measuring import process_cost, replace_rows
+from benchmarks.rollouts import SCALES, write_larger_policy
 from workflow_scripts.configuration import Track, load
-from workflow_scripts.provenance import ROOT
+from workflow_scripts.policy.manifest import model_files
+from workflow_scripts.provenance import ROOT, write_json
 from workflow_scripts.stage_configuration import TrainGrpo
 
 TRACKS: tuple[Track, ...] = ("imagereward", "hpsv2")
@@ -31,31 +34,37 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "shared prompts": {"generation": "trl"},
     "both": {},
 }
-FEW, MANY = 1, 5
+FEW, MANY = 1, {"bundled": 5, "larger": 3}
+LARGER = {"prompts_per_step": 2, "group_size": 4}
 
 
-def data(folder: Path, steps: int) -> dict[str, Any]:
+def data(folder: Path, steps: int, policy: str, threads: int) -> dict[str, Any]:
     """Configuration of the default with few validation and test prompts, its results in this folder."""
     sizes = {
         "imagereward": {"synthetic": {"validation_prompts": 4, "test_prompts": 4}},
         "hpsv2": {"synthetic": {"test_prompts": 4}},
     }
     used = {"validation_prompts": 4, "test_prompts": 4}
+    trained = {"steps": steps, "validate_every": steps, "warmup_steps": 0} | (LARGER if policy == "larger" else {})
     return {
         "results": str(folder),
         "downloads": str(folder / "downloads"),
         "datasets": {name: own | used for name, own in sizes.items()},
-        "training": {track: {"steps": steps, "validate_every": steps, "warmup_steps": 0} for track in TRACKS},
+        "training": {track: dict(trained) for track in TRACKS},
+        "policy": {"max_pixels": SCALES["larger"][2]} if policy == "larger" else {},
+        "numeric_threads": threads,
     }
 
 
-def training(folder: Path, track: Track, steps: int, choice: dict[str, Any], *profiler: str) -> float:
+def training(
+    folder: Path, track: Track, steps: int, choice: dict[str, Any], policy: str, threads: int, *profiler: str
+) -> float:
     """CPU seconds of a training, run by Python with these `profiler` options."""
-    raw = data(folder, steps)
+    raw = data(folder, steps, policy, threads)
     raw["training"][track] |= choice
     with tempfile.TemporaryDirectory() as temporary:
         out, inputs = Path(temporary), folder / "datasets" / track
-        files = {"base": folder / "policies/base/manifest.json"}
+        files = {"base": folder / f"policies/{policy}.json"}
         for split in ("train", "validation"):
             files |= {
                 split: inputs / split / "subset.parquet",
@@ -67,7 +76,7 @@ def training(folder: Path, track: Track, steps: int, choice: dict[str, Any], *pr
         command += ["--config", TrainGrpo.of(load(raw), track, 0).canonical()]
         command += [word for name, path in files.items() for word in (f"--{name}", str(path))]
         untracked = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-        environment = untracked | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = untracked | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return process_cost(command, cwd=ROOT, env=environment, **quiet).cpu
 
@@ -107,47 +116,61 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=list(TRACKS))
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument("--policy", choices=list(SCALES), default="bundled")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--phases", action="store_true", help="where a step's time goes, instead of its length")
     arguments = parser.parse_args()
+    policy, threads, most = arguments.policy, arguments.threads, MANY[arguments.policy]
     contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in {"TRL", *arguments.contestants}}
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "results"
         configuration = Path(temporary) / "config.json"
-        configuration.write_text(json.dumps(data(folder, MANY)))
+        configuration.write_text(json.dumps(data(folder, most, policy, threads)))
         splits = [f"{folder}/datasets/{t}/{s}/images-0000.parquet" for t in TRACKS for s in ("train", "validation")]
         command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--nolock"]
-        command += [*splits, f"{folder}/policies/base/manifest.json", "--configfile", str(configuration)]
+        command += [*splits, "--configfile", str(configuration)]
         subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+        weights = ROOT / load({}).policy.bundled
+        if policy == "larger":
+            write_larger_policy(weights := Path(temporary) / "larger")
+        write_json(
+            manifest := folder / f"policies/{policy}.json", {"path": str(weights), "files": model_files(weights)}
+        )
+        write_sidecar(manifest)
         if arguments.phases:
             profile = Path(temporary) / "profile"
             for track in arguments.tracks:
                 seconds = {}
                 for name, choice in contestants.items():
-                    training(folder, track, MANY, choice, "-m", "cProfile", "-o", str(profile))
+                    training(folder, track, most, choice, policy, threads, "-m", "cProfile", "-o", str(profile))
                     seconds[name] = phases(profile)
                 for phase in seconds["TRL"]:
-                    row = {"track": track, "phase": phase}
+                    row = {"policy": policy, "track": track, "threads": threads, "phase": phase}
                     for name, own in seconds.items():
-                        row[f"{name}_seconds"] = f"{own[phase] / MANY:.3f}"
+                        row[f"{name}_seconds"] = f"{own[phase] / most:.3f}"
                         row[f"{name}_percent"] = f"{100 * own[phase] / sum(own.values()):.1f}"
                     print(json.dumps(row), flush=True)
                     found.append(row)
-            replace_rows("grpo_phases", ["track"], found)
+            replace_rows("grpo_phases", ["policy", "track", "threads"], found)
             return
         for track in arguments.tracks:
             steps: dict[str, list[float]] = {name: [] for name in contestants}
             for number in range(arguments.rounds):
                 for name in contestants if number % 2 == 0 else reversed(contestants):
-                    few, many = (training(folder, track, count, contestants[name]) for count in (FEW, MANY))
-                    steps[name].append((many - few) / (MANY - FEW))
+                    few, many = (
+                        training(folder, track, count, contestants[name], policy, threads) for count in (FEW, most)
+                    )
+                    steps[name].append((many - few) / (most - FEW))
+                    print(json.dumps({name: own[-1:] for name, own in steps.items()}), flush=True)
             for name, own in steps.items():
                 speedup = statistics.median(a / b for a, b in zip(steps["TRL"], own, strict=True))
-                row = {"track": track, "contestant": name, "cpu_seconds_a_step": round(statistics.median(own), 3)}
+                row = {"policy": policy, "track": track, "threads": threads, "contestant": name}
+                row |= {"cpu_seconds_a_step": round(statistics.median(own), 3)}
                 row |= {"speedup": round(speedup, 2), "rounds": arguments.rounds}
                 print(json.dumps(row), flush=True)
                 found.append(row)
-            replace_rows("grpo_step", ["track"], found)
+            replace_rows("grpo_step", ["policy", "track", "threads"], found)
 
 
 if __name__ == "__main__":
