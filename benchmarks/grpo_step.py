@@ -44,7 +44,7 @@ def data(folder: Path, steps: int, policy: str, threads: int) -> dict[str, Any]:
         "imagereward": {"synthetic": {"validation_prompts": 4, "test_prompts": 4}},
         "hpsv2": {"synthetic": {"test_prompts": 4}},
     }
-    used = {"validation_prompts": 4, "test_prompts": 4}
+    used = {"validation_prompts": 1, "test_prompts": 4}
     trained = {"steps": steps, "validate_every": steps, "warmup_steps": 0} | (LARGER if policy == "larger" else {})
     return {
         "results": str(folder),
