@@ -120,7 +120,8 @@ def grpo_steps(cpu: Gpu) -> list[dict[str, Any]]:
     c = Configuration()
     stages = {stage.name: stage for stage in plan(c, cpu, IDEAL).stages}
     with (RESULTS / "grpo_step.csv").open(newline="") as file:
-        measured = [row for row in csv.DictReader(file) if row["contestant"] == "both"]
+        default = {"policy": "bundled", "threads": "1", "contestant": "both"}
+        measured = [row for row in csv.DictReader(file) if default.items() <= row.items()]
     found = []
     for row in measured:
         steps = getattr(c.training, row["track"]).steps

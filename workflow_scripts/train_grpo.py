@@ -25,6 +25,7 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -458,12 +459,10 @@ def main() -> None:
 
         def example(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
             chosen = [items[i] for i in batch["item"]]
-            # One object for all rows that show an image: whoever copies or processes it can do so once.
-            names = {name for item, _ in chosen for name in item.image_ids}
-            shown = {name: read_image(name) for name in names}
+            shown = cache(read_image)  # one object for all rows that show an image: it can be processed once
             return {
                 "prompt": [messages(config.model.template, item.prompt) for item, _ in chosen],
-                "images": [[shown[name] for name in item.image_ids] for item, _ in chosen],
+                "images": [[shown(name) for name in item.image_ids] for item, _ in chosen],
                 "target": [target for _, target in chosen],
             }
 

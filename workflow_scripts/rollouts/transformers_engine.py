@@ -6,6 +6,7 @@ same whichever other shards ran, and on any number of cores.
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,11 +58,10 @@ def generate(
     for start in tqdm(range(0, len(order), batch_items), desc="batches of items", mininterval=10):
         batch = order[start : start + batch_items]
         batch_seed = stable_random(seed, start)
-        # One object for all questions that show an image: the processor can then do its work once.
-        shown = {name: read_image(name) for name in {name for i in batch for name in items[i].image_ids}}
+        shown = cache(read_image)  # one object for all questions that show an image, which is processed once
         inputs = policy.processor(
             text=[prompts[i] for i in batch],
-            images=[[shown[name] for name in items[i].image_ids] for i in batch],
+            images=[[shown(name) for name in items[i].image_ids] for i in batch],
             padding=True,
             add_special_tokens=False,  # the chat template has them
             return_tensors="pt",

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +149,12 @@ def generate(
     token_ids = policy.tokenizer(prompts, add_special_tokens=False)["input_ids"]
     order = sorted(range(len(items)), key=lambda i: items[i].item_id)
     for start in tqdm(range(0, len(order), batch_items), desc="batches of items", mininterval=10):
-        chosen = order[start : start + batch_items]
-        shown = {name: read_image(name) for name in {name for i in chosen for name in items[i].image_ids}}
+        shown = cache(read_image)
         batch = []
-        for i in chosen:
+        for i in order[start : start + batch_items]:
             question = {
                 "prompt_token_ids": token_ids[i],  # one token for each image, which vLLM expands
-                "multi_modal_data": {"image": [shown[name] for name in items[i].image_ids]},
+                "multi_modal_data": {"image": [shown(name) for name in items[i].image_ids]},
             }
             for k in range(first_k, first_k + rollouts):
                 batch.append(_Rollout(items[i], question, k, _seed(seed, items[i].item_id, k), []))
