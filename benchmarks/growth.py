@@ -25,7 +25,7 @@ from benchmarks.made_up import (
     write_sidecar,
     write_test_set,
 )
-from benchmarks.measuring import ProcessCost, replace_rows, write_rows
+from benchmarks.measuring import ROUNDS, ProcessCost, replace_rows, write_rows
 from workflow_scripts.configuration import load
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.provenance import ROOT, write_json
@@ -142,14 +142,14 @@ PARTS: dict[str, Callable[[Path, int], tuple[int, str, ProcessCost]]] = {
 
 
 def growth(work: str, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one work: of each size the run with the median of CPU seconds."""
+    """Rows of one work: of each size the run with the fewest CPU seconds, which others on the machine disturbed least."""
     runs: dict[int, list[tuple[int, str, ProcessCost]]] = {factor: [] for factor in FACTORS}
     for _ in range(rounds):  # each of all sizes, so that a machine that gets slower does not bend the line
         for factor in FACTORS:
             with tempfile.TemporaryDirectory() as folder:
                 runs[factor].append(PARTS[work](Path(folder), factor))
             print(work, *runs[factor][-1], flush=True)
-    found = [sorted(of_size, key=lambda one: one[2].cpu)[rounds // 2] for of_size in runs.values()]
+    found = [min(of_size, key=lambda one: one[2].cpu) for of_size in runs.values()]
     sizes = np.array([size for size, _, _ in found], float)
     cpu = np.array([measured.cpu for _, _, measured in found])
     unit_cost, start = np.polyfit(sizes, cpu, 1)
@@ -186,7 +186,7 @@ def main() -> None:
     """Measure the parts, write them to results/growth.csv, print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
     rows = []
     for work in arguments.part:

@@ -4,11 +4,12 @@ python -m benchmarks.grpo_step              # results/grpo_step.csv
 python -m benchmarks.grpo_step --phases     # results/grpo_phases.csv: where a step's time goes
 
 Each contestant is the stage `train_grpo` on the default's training data, as a process, without validation but the first
-and the last; a step is the difference between a longer and a shorter training, over its steps. The larger policy is
-that of `benchmarks.rollouts`, with 8 completions in a step. Phases are from Python's profiler, of one training each.
+and the last; a step lasts from one step's line in its log to the next. The larger policy is that of
+`benchmarks.rollouts`, with 8 completions in a step. Phases are from Python's profiler, of one training each.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pstats
@@ -17,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import psutil
 
 from benchmarks.made_up import write_sidecar
-from benchmarks.measuring import process_cost, replace_rows
+from benchmarks.measuring import replace_rows
 from benchmarks.rollouts import SCALES, write_larger_policy
 from workflow_scripts.configuration import Track, load
 from workflow_scripts.policy.manifest import model_files
@@ -34,51 +37,65 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "shared prompts": {"generation": "trl"},
     "both": {},
 }
-FEW, MANY = 1, {"bundled": 5, "larger": 3}
 LARGER = {"prompts_per_step": 2, "group_size": 4}
+STEPS = {"bundled": 5, "larger": 2}  # of a training, the first to warm up
 
 
-def data(folder: Path, steps: int, policy: str, threads: int) -> dict[str, Any]:
-    """Configuration of the default with few validation and test prompts, its results in this folder."""
-    sizes = {
-        "imagereward": {"synthetic": {"validation_prompts": 4, "test_prompts": 4}},
-        "hpsv2": {"synthetic": {"test_prompts": 4}},
-    }
-    used = {"validation_prompts": 1, "test_prompts": 4}
-    trained = {"steps": steps, "validate_every": steps, "warmup_steps": 0} | (LARGER if policy == "larger" else {})
-    return {
-        "results": str(folder),
-        "downloads": str(folder / "downloads"),
-        "datasets": {name: own | used for name, own in sizes.items()},
-        "training": {track: dict(trained) for track in TRACKS},
-        "policy": {"max_pixels": SCALES["larger"][2]} if policy == "larger" else {},
-        "numeric_threads": threads,
-    }
+class Case(NamedTuple):
+    """What is trained with how many threads, and the folder of results with its data and its base policy."""
 
+    folder: Path
+    policy: str
+    threads: int
 
-def training(
-    folder: Path, track: Track, steps: int, choice: dict[str, Any], policy: str, threads: int, *profiler: str
-) -> float:
-    """CPU seconds of a training, run by Python with these `profiler` options."""
-    raw = data(folder, steps, policy, threads)
-    raw["training"][track] |= choice
-    with tempfile.TemporaryDirectory() as temporary:
-        out, inputs = Path(temporary), folder / "datasets" / track
-        files = {"base": folder / f"policies/{policy}.json"}
-        for split in ("train", "validation"):
-            files |= {
-                split: inputs / split / "subset.parquet",
-                f"{split}_images": inputs / split / "images-0000.parquet",
-            }
-        files |= {"adapter": out / "adapter_model.safetensors", "adapter_config": out / "adapter_config.json"}
-        files |= {"record": out / "training.json", "checkpoints": out / "checkpoints"}
-        command = [sys.executable, *profiler, "-m", "workflow_scripts.train_grpo"]
-        command += ["--config", TrainGrpo.of(load(raw), track, 0).canonical()]
-        command += [word for name, path in files.items() for word in (f"--{name}", str(path))]
-        untracked = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-        environment = untracked | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return process_cost(command, cwd=ROOT, env=environment, **quiet).cpu
+    def data(self) -> dict[str, Any]:
+        """Configuration of the default with few validation and test prompts."""
+        sizes = {
+            "imagereward": {"synthetic": {"validation_prompts": 4, "test_prompts": 4}},
+            "hpsv2": {"synthetic": {"test_prompts": 4}},
+        }
+        used = {"validation_prompts": 1, "test_prompts": 4}
+        steps, larger = STEPS[self.policy], self.policy == "larger"
+        trained = {"steps": steps, "validate_every": steps, "warmup_steps": 0} | (LARGER if larger else {})
+        return {
+            "results": str(self.folder),
+            "downloads": str(self.folder / "downloads"),
+            "datasets": {name: own | used for name, own in sizes.items()},
+            "training": {track: dict(trained) for track in TRACKS},
+            "policy": {"max_pixels": SCALES["larger"][2]} if larger else {},
+            "numeric_threads": self.threads,
+        }
+
+    def training(self, track: Track, choice: dict[str, Any], *profiler: str) -> list[float]:
+        """CPU seconds of each step of a training but the first, run by Python with these `profiler` options.
+
+        They are those of its process from one step's line in the log to the next.
+        """
+        raw = self.data()
+        raw["training"][track] |= choice
+        with tempfile.TemporaryDirectory() as temporary:
+            out, inputs = Path(temporary), self.folder / "datasets" / track
+            files = {"base": self.folder / f"policies/{self.policy}.json"}
+            for split in ("train", "validation"):
+                files |= {
+                    split: inputs / split / "subset.parquet",
+                    f"{split}_images": inputs / split / "images-0000.parquet",
+                }
+            files |= {"adapter": out / "adapter_model.safetensors", "adapter_config": out / "adapter_config.json"}
+            files |= {"record": out / "training.json", "checkpoints": out / "checkpoints"}
+            command = [sys.executable, "-u", *profiler, "-m", "workflow_scripts.train_grpo"]
+            command += ["--config", TrainGrpo.of(load(raw), track, 0).canonical()]
+            command += [word for name, path in files.items() for word in (f"--{name}", str(path))]
+            untracked = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+            environment = untracked | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+            quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+            with subprocess.Popen(command, cwd=ROOT, env=environment, **quiet) as process:  # type: ignore[call-overload]
+                used = [psutil.Process(process.pid).cpu_times() for line in process.stdout if "'loss'" in line]
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        cpu = [times.user + times.system for times in used]
+        assert len(cpu) == STEPS[self.policy], cpu
+        return [after - before for before, after in itertools.pairwise(cpu)]
 
 
 def phases(profile: Path) -> dict[str, float]:
@@ -120,13 +137,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--phases", action="store_true", help="where a step's time goes, instead of its length")
     arguments = parser.parse_args()
-    policy, threads, most = arguments.policy, arguments.threads, MANY[arguments.policy]
+    policy, threads = arguments.policy, arguments.threads
     contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in {"TRL", *arguments.contestants}}
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "results"
+        case = Case(folder := Path(temporary) / "results", policy, threads)
         configuration = Path(temporary) / "config.json"
-        configuration.write_text(json.dumps(data(folder, most, policy, threads)))
+        configuration.write_text(json.dumps(case.data()))
         splits = [f"{folder}/datasets/{t}/{s}/images-0000.parquet" for t in TRACKS for s in ("train", "validation")]
         command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--nolock"]
         command += [*splits, "--configfile", str(configuration)]
@@ -143,12 +160,12 @@ def main() -> None:
             for track in arguments.tracks:
                 seconds = {}
                 for name, choice in contestants.items():
-                    training(folder, track, most, choice, policy, threads, "-m", "cProfile", "-o", str(profile))
+                    case.training(track, choice, "-m", "cProfile", "-o", str(profile))
                     seconds[name] = phases(profile)
                 for phase in seconds["TRL"]:
                     row = {"policy": policy, "track": track, "threads": threads, "phase": phase}
                     for name, own in seconds.items():
-                        row[f"{name}_seconds"] = f"{own[phase] / most:.3f}"
+                        row[f"{name}_seconds"] = f"{own[phase] / STEPS[policy]:.3f}"
                         row[f"{name}_percent"] = f"{100 * own[phase] / sum(own.values()):.1f}"
                     print(json.dumps(row), flush=True)
                     found.append(row)
@@ -158,10 +175,7 @@ def main() -> None:
             steps: dict[str, list[float]] = {name: [] for name in contestants}
             for number in range(arguments.rounds):
                 for name in contestants if number % 2 == 0 else reversed(contestants):
-                    few, many = (
-                        training(folder, track, count, contestants[name], policy, threads) for count in (FEW, most)
-                    )
-                    steps[name].append((many - few) / (most - FEW))
+                    steps[name].append(statistics.mean(case.training(track, contestants[name])))
                     print(json.dumps({name: own[-1:] for name, own in steps.items()}), flush=True)
             for name, own in steps.items():
                 speedup = statistics.median(a / b for a, b in zip(steps["TRL"], own, strict=True))

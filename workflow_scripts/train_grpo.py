@@ -43,6 +43,7 @@ from workflow_scripts.command_line import Input, Output, StageArguments
 from workflow_scripts.configuration import Sampling, Training
 from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path
+from workflow_scripts.policy.output_head import turn_product_of_few_rows
 from workflow_scripts.policy.prompts import ANSWERS, messages
 from workflow_scripts.policy.shared_images import process_images_once
 from workflow_scripts.policy.shared_prompts import share_prompts
@@ -513,6 +514,8 @@ def main() -> None:
             process_images_once(processor)
         # All processes of fsdp have to pass through the model together, in TRL's loop.
         own_loop = t.generation == "transformers" and strategy != "fsdp"
+        if own_loop:
+            turn_product_of_few_rows(base)
         table = datasets.Dataset.from_dict({"item": list(range(len(items)))}).with_transform(example)
         curves = CurvesToRun(run)
         trainer = ValidatingTrainer(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from trl.trainer.utils import add_fused_lm_head
 
 from workflow_scripts.configuration import Configuration
 from workflow_scripts.policy.loading import load_model, load_processor
@@ -84,6 +85,52 @@ def test_values_and_gradients_are_those_of_the_plain_pass(batch: Any, base_manif
     for name, gradient in gradients.items():
         assert gradient.abs().max() > 0
         torch.testing.assert_close(shared_gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_head_scores_completions_alone(batch: Any, base_manifest: Any, checkpointing: bool) -> None:
+    """As TRL asks for scores: the same for completions, and none for prompts, that a pass alone would have."""
+    track, inputs, labels = batch
+    length = int((labels != -100).any(0).sum())
+    found = []
+    for share in (False, True):
+        model = adapted(base_manifest, track, share)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
+        out = model(**inputs, labels=labels, fused_lm_head=True)
+        assert out.log_probs.shape == (12, length if share else labels.shape[1] - 1)
+        (out.log_probs.sum() + out.entropy.sum()).backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+        found.append((out.log_probs[:, -length:].detach(), out.entropy[:, -length:].detach(), gradients))
+    (scores, entropies, gradients), (few_scores, few_entropies, few_gradients) = found
+    assert (scores != 0).any(0).all()
+    torch.testing.assert_close(few_scores, scores, rtol=0, atol=2e-4)
+    torch.testing.assert_close(few_entropies, entropies, rtol=0, atol=2e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(few_gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("labelled", [None, 0, slice(0, 0)])
+def test_scores_that_are_asked_for_otherwise_are_the_plain_ones(
+    batch: Any, base_manifest: Any, labelled: int | slice | None
+) -> None:
+    """Without labels, with labels from the first token on, and with none at all."""
+    track, inputs, _ = batch
+    labels = torch.full_like(inputs["input_ids"], -100)
+    asked: dict[str, Any] = {}
+    if labelled is not None:
+        labels[:, labelled] = inputs["input_ids"][:, labelled]
+        asked = {"labels": labels, "fused_lm_head": True}
+    found = []
+    for share in (False, True):
+        model = adapted(base_manifest, track, share).eval()
+        add_fused_lm_head(model.get_base_model())
+        with torch.no_grad():
+            out = model(**inputs, **asked)
+        found.append(out.log_probs if asked else out.logits[inputs["attention_mask"] == 1])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-3)
 
 
 def test_rows_of_different_prompts_share_nothing(batch: Any, base_manifest: Any) -> None:

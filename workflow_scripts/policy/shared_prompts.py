@@ -3,8 +3,8 @@
 A batch of GRPO repeats every prompt `group_size` times, and the prompt is the longer part of most rows. Under causal
 attention equal prefixes of rows have equal states: they are computed once, and the rest of each row attends to them.
 In a batch of pairs the anchor's image is in several rows, and each step of GRPO passes over its images several times: a
-frozen vision tower's features are kept for the next pass. Values and gradients are those of the plain pass, up to the
-order of sums.
+frozen vision tower's features are kept for the next pass. The head scores completions alone, not their prompts. Values
+and gradients are those of the plain pass, up to the order of sums.
 """
 
 import contextlib
@@ -31,6 +31,25 @@ def share_prompts(model: PreTrainedModel) -> None:
             backbone.language_model.set_attn_implementation(PROMPT_ONCE)
         patches = backbone.visual.patch_embed
         patches.__class__ = type(type(patches).__name__, (PatchesByMatrix, type(patches)), {})
+        model.register_forward_pre_hook(from_first_label, with_kwargs=True)
+
+
+def from_first_label(
+    model: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hook before a pass: TRL's head is handed the positions from the first on that has a label in any row.
+
+    Without Triton it scores every position, the prompts' too, which have no labels: most of a pass, where the
+    vocabulary is large.
+    """
+    labels = options.get("labels")
+    if labels is None or not options.get("fused_lm_head"):
+        return None
+    labelled = (labels != -100).any(0).nonzero()
+    if not len(labelled) or not labelled[0]:
+        return None
+    first = int(labelled[0])
+    return args, options | {"labels": None, "shift_labels": labels[:, first:], "predicting_from": first}
 
 
 class PatchesByMatrix:
@@ -54,7 +73,18 @@ class SharedPrompts:
     _kept: tuple[Any, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
     """What the tower was, patches, grids and features: of the last images that it encoded while frozen."""
 
-    def forward(
+    def forward(self, *inputs: Any, predicting_from: int | None = None, **options: Any) -> Any:
+        """The model's own pass, with what is equal computed once.
+
+        With `predicting_from` its last hidden state, (rows, tokens, width), has only the positions that predict the
+        tokens from that one on.
+        """
+        out = self._pass(*inputs, **options)
+        if predicting_from is not None:
+            out.last_hidden_state = out.last_hidden_state[:, predicting_from - 1 : -1]
+        return out
+
+    def _pass(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
