@@ -142,7 +142,7 @@ PARTS: dict[str, Callable[[Path, int], tuple[int, str, ProcessCost]]] = {
 
 
 def growth(work: str, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one work: of each size the run with the fewest CPU seconds, which others on the machine disturbed least."""
+    """Rows of one work: of each size the run with the fewest CPU seconds, the one that others disturbed least."""
     runs: dict[int, list[tuple[int, str, ProcessCost]]] = {factor: [] for factor in FACTORS}
     for _ in range(rounds):  # each of all sizes, so that a machine that gets slower does not bend the line
         for factor in FACTORS:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import (
     LogitsProcessorList,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -141,10 +140,10 @@ def sample_completions(
     """
     decoding = Decoding(model, inputs, rollouts)
     warpers = warpers_of(sampling)
-    warpers.append(SuppressTokensLogitsProcessor(list(never), str(decoding.logits.device)))
     completions: list[list[int]] = [[] for _ in range(len(decoding.logits))]
     alive = list(range(len(completions)))
     for length in range(1, max_tokens + 1):
+        decoding.logits[:, list(never)] = -torch.inf
         tokens = draw(decoding.logits, warpers, sampling.temperature, None)
         for row, token in zip(alive, tokens, strict=True):
             completions[row].append(token)
