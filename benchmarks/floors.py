@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.data import credits
 from benchmarks.measuring import RESULTS, cost, write_rows
-from benchmarks.rollouts import ROLLOUTS, SCALES, Images, cases
+from benchmarks.rollouts import ROLLOUTS, SCALES, Decoded, cases
 from workflow_scripts.configuration import Configuration, Sampling
 from workflow_scripts.plan import plan, this_cpu
 from workflow_scripts.planning.architecture import Architecture
@@ -71,7 +71,7 @@ def rollouts_of(
     config: ModelConfig,
     architecture: Architecture,
     items: list[Item],
-    images: Images,
+    images: Decoded,
     k: int,
     batch_items: int,
 ) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def grpo_steps(cpu: Gpu) -> list[dict[str, Any]]:
         steps = getattr(c.training, row["track"]).steps
         parts = stages[f"train_grpo {row['track']}"].costs
         shares = {part: parts[part] for part in ("generation", "reference", "update")}
-        spent, floor = float(row["cpu_seconds_a_step"]), sum(one.seconds for one in shares.values()) / steps
+        spent, floor = float(row["cpu_seconds"]), sum(one.seconds for one in shares.values()) / steps
         found.append(
             {
                 "work": "GRPO step",

@@ -9,21 +9,20 @@ and the last; a step lasts from one step's line in its log to the next. The larg
 """
 
 import argparse
-import itertools
 import json
 import os
 import pstats
-import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from benchmarks.made_up import write_sidecar
-from benchmarks.measuring import replace_rows
+from benchmarks.measuring import ROUNDS, Cost, replace_rows, summarised
 from benchmarks.rollouts import SCALES, write_larger_policy
 from workflow_scripts.configuration import Track, load
 from workflow_scripts.policy.manifest import model_files
@@ -66,10 +65,10 @@ class Case(NamedTuple):
             "numeric_threads": self.threads,
         }
 
-    def training(self, track: Track, choice: dict[str, Any], *profiler: str) -> list[float]:
-        """CPU seconds of each step of a training but the first, run by Python with these `profiler` options.
+    def training(self, track: Track, choice: dict[str, Any], *profiler: str) -> Cost:
+        """What a step but the first costs in the mean, of a training run by Python with these `profiler` options.
 
-        They are those of its process from one step's line in the log to the next.
+        It is what its process took from the first step's line in the log to the last one's.
         """
         raw = self.data()
         raw["training"][track] |= choice
@@ -90,12 +89,14 @@ class Case(NamedTuple):
             environment = untracked | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
             quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
             with subprocess.Popen(command, cwd=ROOT, env=environment, **quiet) as process:  # type: ignore[call-overload]
-                used = [psutil.Process(process.pid).cpu_times() for line in process.stdout if "'loss'" in line]
+                lines = (line for line in process.stdout if "'loss'" in line)
+                used = [(time.perf_counter(), psutil.Process(process.pid).cpu_times()) for _ in lines]
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
-        cpu = [times.user + times.system for times in used]
-        assert len(cpu) == STEPS[self.policy], cpu
-        return [after - before for before, after in itertools.pairwise(cpu)]
+        assert len(used) == STEPS[self.policy], used
+        (begun, before), (ended, after) = used[0], used[-1]
+        cpu = after.user + after.system - before.user - before.system
+        return Cost((ended - begun) / (len(used) - 1), cpu / (len(used) - 1))
 
 
 def phases(profile: Path) -> dict[str, float]:
@@ -127,64 +128,73 @@ def phases(profile: Path) -> dict[str, float]:
     return found | {"optimizer and trainer": whole - sum(found.values())}
 
 
+def lengths(case: Case, track: Track, contestants: dict[str, dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
+    """A row for each contestant: what a step costs, in alternating order."""
+    steps: dict[str, list[Cost]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name in contestants if number % 2 == 0 else reversed(contestants):
+            steps[name].append(case.training(track, contestants[name]))
+            print(case.policy, track, case.threads, name, steps[name][-1], flush=True)
+    return [{"policy": case.policy, "track": track, "threads": case.threads, **row} for row in summarised(steps)]
+
+
+def shares(case: Case, track: Track, contestants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each phase: seconds of a step, and per cent of it, of each contestant."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        profile = Path(temporary) / "profile"
+        for name, choice in contestants.items():
+            case.training(track, choice, "-m", "cProfile", "-o", str(profile))
+            seconds[name] = phases(profile)
+    rows = []
+    for phase in seconds["TRL"]:
+        row = {"policy": case.policy, "track": track, "threads": case.threads, "phase": phase}
+        for name, own in seconds.items():
+            row[f"{name}_seconds"] = f"{own[phase] / STEPS[case.policy]:.3f}"
+            row[f"{name}_percent"] = f"{100 * own[phase] / sum(own.values()):.1f}"
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
-    """Make the data, measure, and write results/grpo_step.csv."""
+    """Make the data, measure, and write results/grpo_step.csv or, with --phases, results/grpo_phases.csv."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--policies", nargs="+", choices=list(SCALES), default=list(SCALES))
     parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=list(TRACKS))
-    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
-    parser.add_argument("--policy", choices=list(SCALES), default="bundled")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", nargs="+", type=int, help="1 2, or with --phases 1, where not given")
+    parser.add_argument(
+        "--contestants", nargs="+", choices=list(CONTESTANTS), default=["both"], help="TRL always is one"
+    )
     parser.add_argument("--phases", action="store_true", help="where a step's time goes, instead of its length")
     arguments = parser.parse_args()
-    policy, threads = arguments.policy, arguments.threads
     contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in {"TRL", *arguments.contestants}}
-    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        case = Case(folder := Path(temporary) / "results", policy, threads)
-        configuration = Path(temporary) / "config.json"
-        configuration.write_text(json.dumps(case.data()))
+        folder, configuration = Path(temporary) / "results", Path(temporary) / "config.json"
+        configuration.write_text(json.dumps(Case(folder, "bundled", 1).data()))
         splits = [f"{folder}/datasets/{t}/{s}/images-0000.parquet" for t in TRACKS for s in ("train", "validation")]
         command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--nolock"]
         command += [*splits, "--configfile", str(configuration)]
         subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
-        weights = ROOT / load({}).policy.bundled
-        if policy == "larger":
-            write_larger_policy(weights := Path(temporary) / "larger")
-        write_json(
-            manifest := folder / f"policies/{policy}.json", {"path": str(weights), "files": model_files(weights)}
-        )
-        write_sidecar(manifest)
-        if arguments.phases:
-            profile = Path(temporary) / "profile"
-            for track in arguments.tracks:
-                seconds = {}
-                for name, choice in contestants.items():
-                    case.training(track, choice, "-m", "cProfile", "-o", str(profile))
-                    seconds[name] = phases(profile)
-                for phase in seconds["TRL"]:
-                    row = {"policy": policy, "track": track, "threads": threads, "phase": phase}
-                    for name, own in seconds.items():
-                        row[f"{name}_seconds"] = f"{own[phase] / STEPS[policy]:.3f}"
-                        row[f"{name}_percent"] = f"{100 * own[phase] / sum(own.values()):.1f}"
-                    print(json.dumps(row), flush=True)
-                    found.append(row)
-            replace_rows("grpo_phases", ["policy", "track", "threads"], found)
-            return
-        for track in arguments.tracks:
-            steps: dict[str, list[float]] = {name: [] for name in contestants}
-            for number in range(arguments.rounds):
-                for name in contestants if number % 2 == 0 else reversed(contestants):
-                    steps[name].append(statistics.mean(case.training(track, contestants[name])))
-                    print(json.dumps({name: own[-1:] for name, own in steps.items()}), flush=True)
-            for name, own in steps.items():
-                speedup = statistics.median(a / b for a, b in zip(steps["TRL"], own, strict=True))
-                row = {"policy": policy, "track": track, "threads": threads, "contestant": name}
-                row |= {"cpu_seconds_a_step": round(statistics.median(own), 3)}
-                row |= {"speedup": round(speedup, 2), "rounds": arguments.rounds}
-                print(json.dumps(row), flush=True)
-                found.append(row)
-            replace_rows("grpo_step", ["policy", "track", "threads"], found)
+        for policy in arguments.policies:
+            weights = ROOT / load({}).policy.bundled
+            if policy == "larger":
+                write_larger_policy(weights := Path(temporary) / "larger")
+            manifest = folder / f"policies/{policy}.json"
+            write_json(manifest, {"path": str(weights), "files": model_files(weights)})
+            write_sidecar(manifest)
+            for threads in arguments.threads or ([1] if arguments.phases else [1, 2]):
+                case = Case(folder, policy, threads)
+                for track in arguments.tracks:
+                    rows = (
+                        shares(case, track, contestants)
+                        if arguments.phases
+                        else lengths(case, track, contestants, arguments.rounds)
+                    )
+                    for row in rows:
+                        print(json.dumps(row), flush=True)
+                    name = "grpo_phases" if arguments.phases else "grpo_step"
+                    replace_rows(name, ["policy", "track", "threads"], rows)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from workflow_scripts.stage_configuration import ModelConfig
 TRACKS: tuple[Track, ...] = ("imagereward", "hpsv2")
 SIZES = ((84, 84), (112, 70), (70, 126), (168, 168), (60, 60))  # width and height of images, mixed
 ROLLOUTS = (1, 3, 8)
-Images = dict[str, Image.Image]
+Decoded = dict[str, Image.Image]  # images by name
 BUNDLED = "models/tiny-qwen2.5-vl"
 # Prompts with four images each, items of a batch, largest image in pixels.
 SCALES = {"bundled": (32, 64, 84 * 84), "larger": (1, 8, 168 * 168)}
@@ -96,7 +96,7 @@ def write_larger_policy(folder: Path) -> None:
 def plain(
     policy: Policy,
     items: list[Item],
-    images: dict[str, Image.Image],
+    images: Decoded,
     rollouts: int,
     batch_items: int,
     sampling: Sampling,
@@ -157,7 +157,7 @@ def engine(
     generate: Callable[..., Any],
     policy: Policy,
     items: list[Item],
-    images: dict[str, Image.Image],
+    images: Decoded,
     rollouts: int,
     batch_items: int,
     sampling: Sampling,
@@ -177,7 +177,9 @@ def engine(
     return [score[item.item_id, k] for item in items for k in range(rollouts)]
 
 
-def cases(folder: Path, scales: list[str]) -> Iterator[tuple[str, Track, Path, Configuration, int, list[Item], Images]]:
+def cases(
+    folder: Path, scales: list[str]
+) -> Iterator[tuple[str, Track, Path, Configuration, int, list[Item], Decoded]]:
     """Each policy and track: their names, manifest, configuration, items of a batch, items and images."""
     for scale in scales:
         prompts, batch_items, pixels = SCALES[scale]
