@@ -321,8 +321,14 @@ def check_generation(config: TrainGrpo) -> None:
 
 
 @contextlib.contextmanager
-def merged(model: Any) -> Iterator[None]:
-    """Merge the adapter for the time being; afterwards the weights are the same to the last bit."""
+def merged(model: Any, dtype: str) -> Iterator[None]:
+    """Merge the adapter for the time being; afterwards the weights are the same to the last bit.
+
+    As in `load_policy` it is merged in float32 alone: shorter types would round the weights.
+    """
+    if dtype != "float32":
+        yield
+        return
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     model.merge_adapter()
@@ -335,10 +341,7 @@ def merged(model: Any) -> Iterator[None]:
 
 
 def completions_by_engine(processor: Any, sampling: Sampling, t: Training, dtype: str) -> Callable[..., Any]:
-    """TRL's hook for who generates: each prompt prefilled once for its group, finished completions dropped.
-
-    As in `load_policy`, the adapter is merged in float32 alone: shorter types would round the weights.
-    """
+    """TRL's hook for who generates: each prompt prefilled once for its group, finished completions dropped."""
     # A completion with the token of an image would be one image more in the passes that follow.
     placeholders = [processor.image_token_id]
 
@@ -355,7 +358,7 @@ def completions_by_engine(processor: Any, sampling: Sampling, t: Training, dtype
         )
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model.eval()
-        with merged(model) if dtype == "float32" else contextlib.nullcontext():
+        with merged(model, dtype):
             completions = sample_completions(
                 model,
                 inputs.to(model.device),
@@ -480,18 +483,19 @@ def main() -> None:
             # processes together: each validates everything, in step with the others.
             shared = processes > 1 and strategy != "fsdp"
             mine = validation[rank::processes] if shared else validation
-            rollouts = list(
-                generate(
-                    as_policy(model, processor, config.model),
-                    [item for item, _ in mine],
-                    images["validation"],
-                    rollouts=t.validation_rollouts,
-                    first_k=0,
-                    sampling=sampling,
-                    batch_items=t.prompts_per_step * t.group_size // 2,
-                    seed=f"validation {config.seed}" + (f" rank {rank}" if shared and rank else ""),
+            with contextlib.nullcontext() if strategy == "fsdp" else merged(model, config.model.dtype):
+                rollouts = list(
+                    generate(
+                        as_policy(model, processor, config.model),
+                        [item for item, _ in mine],
+                        images["validation"],
+                        rollouts=t.validation_rollouts,
+                        first_k=0,
+                        sampling=sampling,
+                        batch_items=t.prompts_per_step * t.group_size // 2,
+                        seed=f"validation {config.seed}" + (f" rank {rank}" if shared and rank else ""),
+                    )
                 )
-            )
             if shared:
                 rollouts = gather_object(rollouts)
             counts = Counter(str(rollout["sampled_answer"]) for rollout in rollouts)

@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 from trl import GRPOTrainer
 
 from workflow_scripts.configuration import ConfigurationError, load
-from workflow_scripts.policy.loading import load_processor
+from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.provenance import ROOT
 from workflow_scripts.stage_configuration import GenerateRollouts, ModelConfig, TrainGrpo, interpreter
-from workflow_scripts.train_grpo import ValidatingTrainer, check_generation, grpo_config, served_folder
+from workflow_scripts.train_grpo import ValidatingTrainer, check_generation, grpo_config, merged, served_folder
 
 # What vLLM is told, all of it other than the default.
 TRAINING_VLLM = {"gpu_memory_utilization": 0.4, "max_model_len": 512, "server_url": "http://127.0.0.1:9"}
@@ -108,6 +111,26 @@ def test_only_stages_that_use_vllm_run_in_its_environment() -> None:
     }
     spaced = load({"rollouts": {"engine": "vllm"}, "vllm_python": "/a folder/python"})
     assert interpreter(spaced, "generate_rollouts") == "'/a folder/python'"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_merged_for_the_time_being_where_that_rounds_nothing(base_manifest: Path, dtype: str) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig.of(load({"policy": {"dtype": dtype}}), "hpsv2")
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|down_proj)", init_lora_weights=False)
+    model = get_peft_model(load_model(base_manifest, config), lora).eval()
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        beside = model(input_ids=ids).logits
+        with pytest.raises(KeyError), merged(model, dtype):  # whatever happens within
+            assert {layer.merged for layer in layers} == {dtype == "float32"}
+            torch.testing.assert_close(model(input_ids=ids).logits, beside, rtol=0, atol=1e-4)
+            raise KeyError
+    assert not any(layer.merged for layer in layers)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]), name
 
 
 def test_colocated_vllm_finds_the_configured_image_size_beside_the_model(base_manifest: Path, tmp_path: Path) -> None:

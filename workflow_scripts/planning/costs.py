@@ -375,7 +375,8 @@ def training_costs(
         of = d.processes
         validation = replace(validation, items=validation.items / of, tokens=validation.tokens / of)
     batch = t.prompts_per_step * t.group_size // 2
-    validated = rollout_cost(m, gpu, assumed, validation, batch, t.validation_rollouts, length, adapted=True)
+    beside = m.dtype != "float32" or d.strategy == "fsdp"  # validation merges the adapter, too
+    validated = rollout_cost(m, gpu, assumed, validation, batch, t.validation_rollouts, length, adapted=beside)
     batches = t.steps / t.num_iterations
     each = {
         "generation": generation.times(batches),
