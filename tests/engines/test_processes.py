@@ -89,7 +89,7 @@ def test_two_processes_make_the_first_update_of_one(base_manifest: Path, tmp_pat
     # the gradient, so that of its smallest entries is less exact: 4e-5 of the update.
     gradient = flat(one["gradients"])
     assert gradient.norm() > 0.1
-    assert (flat(two["gradients"]) - gradient).norm() < 1e-5 * gradient.norm()
+    assert (flat(two["gradients"]) - gradient).norm() < 3e-5 * gradient.norm()
     update = flat(one["after"]) - flat(one["before"])
     assert (flat(two["after"]) - flat(two["before"]) - update).norm() < 1e-3 * update.norm()
     assert update.abs().max() == pytest.approx(1e-3, rel=1e-3)  # the learning rate
@@ -107,7 +107,8 @@ def test_shared_prompts_make_trls_first_update(base_manifest: Path, tmp_path: Pa
     assert torch.equal(flat(plain["before"]), flat(shared["before"])) and plain["reward"] == shared["reward"]
     gradient = flat(plain["gradients"])
     assert gradient.norm() > 0.1
-    assert (flat(shared["gradients"]) - gradient).norm() < 1e-5 * gradient.norm()
+    # 1.1e-5 on a processor with AVX-512, below 1e-5 on one with AVX2.
+    assert (flat(shared["gradients"]) - gradient).norm() < 3e-5 * gradient.norm()
     update = flat(plain["after"]) - flat(plain["before"])
     assert (flat(shared["after"]) - flat(shared["before"]) - update).norm() < 1e-3 * update.norm()
 
