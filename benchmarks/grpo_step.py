@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.made_up import write_sidecar
-from benchmarks.measuring import ROUNDS, Cost, replace_rows, summarised
+from benchmarks.measuring import ROUNDS, Cost, in_turn, replace_rows, summarised
 from benchmarks.rollouts import SCALES, write_larger_policy
 from workflow_scripts.configuration import Track, load
 from workflow_scripts.policy.manifest import model_files
@@ -131,10 +131,9 @@ def phases(profile: Path) -> dict[str, float]:
 def lengths(case: Case, track: Track, contestants: dict[str, dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
     """A row for each contestant: what a step costs, in alternating order."""
     steps: dict[str, list[Cost]] = {name: [] for name in contestants}
-    for number in range(rounds):
-        for name in contestants if number % 2 == 0 else reversed(contestants):
-            steps[name].append(case.training(track, contestants[name]))
-            print(case.policy, track, case.threads, name, steps[name][-1], flush=True)
+    for name in in_turn(contestants, rounds):
+        steps[name].append(case.training(track, contestants[name]))
+        print(case.policy, track, case.threads, name, steps[name][-1], flush=True)
     return [{"policy": case.policy, "track": track, "threads": case.threads, **row} for row in summarised(steps)]
 
 

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,14 @@ def process_cost(command: list[str], **options: Any) -> ProcessCost:
     return ProcessCost(wall, cpu, peak / (1e6 if sys.platform == "darwin" else 1e3))
 
 
+def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Each of the names once in a round, in alternating order."""
+    order = list(names)
+    for _ in range(rounds):
+        yield from order
+        order.reverse()
+
+
 def contest(contestants: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Let contestants do the same work in turn, once to warm up, then `rounds` times, in alternating order.
 
@@ -85,10 +93,8 @@ def contest(contestants: Mapping[str, Callable[[], object]], rounds: int = ROUND
     for work in contestants.values():
         work()
     costs: dict[str, list[Cost]] = {name: [] for name in contestants}
-    names = list(contestants)
-    for number in range(rounds):
-        for name in names if number % 2 == 0 else reversed(names):
-            costs[name].append(cost(contestants[name]))
+    for name in in_turn(contestants, rounds):
+        costs[name].append(cost(contestants[name]))
     return summarised(costs)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import ROUNDS, ProcessCost, process_cost, write_rows
+from benchmarks.measuring import ROUNDS, ProcessCost, in_turn, process_cost, write_rows
 from workflow_scripts.configuration import load
 from workflow_scripts.provenance import ROOT
 from workflow_scripts.stage_configuration import STAGES, SelectSubset
@@ -89,9 +89,8 @@ def rerun(run: Path) -> Callable[[Path], ProcessCost]:
 def measured(work: Callable[[Path], ProcessCost], codes: dict[str, Path], rounds: int) -> dict[str, float]:
     """Medians of wall and CPU seconds with the code of each checkout, in alternating order; one round warms up."""
     costs: dict[str, list[ProcessCost]] = {name: [] for name in codes}
-    for number in range(rounds + 1):
-        for name in list(codes) if number % 2 else reversed(codes):
-            costs[name].append(work(codes[name]))
+    for name in in_turn(codes, rounds + 1):
+        costs[name].append(work(codes[name]))
     return {
         f"{name}{kind}_seconds": round(statistics.median(getattr(cost, kind) for cost in costs[name][1:]), 2)
         for name in codes

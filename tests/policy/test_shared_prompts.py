@@ -21,7 +21,7 @@ LORA = {"r": 4, "target_modules": r".*language_model.*\.(q_proj|v_proj|down_proj
 COMPLETIONS = ["a red circle", "blue, and big", "<think>", "a red circle", "", "none of it is there"]
 
 
-def adapted(manifest: Any, track: str, share: bool) -> Any:
+def adapted(manifest: Any, track: str, share: bool, checkpointing: bool = False) -> Any:
     """The bundled policy with an adapter whose weights are not zero, in training mode."""
     torch.manual_seed(0)
     model = load_model(manifest, ModelConfig.of(Configuration(), track))  # type: ignore[arg-type]
@@ -32,6 +32,9 @@ def adapted(manifest: Any, track: str, share: bool) -> Any:
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
     return model.train()
 
 
@@ -66,10 +69,7 @@ def test_values_and_gradients_are_those_of_the_plain_pass(batch: Any, base_manif
     track, inputs, labels = batch
     found = []
     for share in (False, True):
-        model = adapted(base_manifest, track, share)
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable()
+        model = adapted(base_manifest, track, share, checkpointing)
         backbone = model.get_base_model().base_model
         assert isinstance(backbone, SharedPrompts) == share
         states = backbone(**inputs, use_cache=False).last_hidden_state
@@ -89,15 +89,12 @@ def test_values_and_gradients_are_those_of_the_plain_pass(batch: Any, base_manif
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_head_scores_completions_alone(batch: Any, base_manifest: Any, checkpointing: bool) -> None:
-    """As TRL asks for scores: the same for completions, and none for prompts, that a pass alone would have."""
+    """Asked as TRL asks: completions have the scores of the plain pass, prompts have none."""
     track, inputs, labels = batch
     length = int((labels != -100).any(0).sum())
     found = []
     for share in (False, True):
-        model = adapted(base_manifest, track, share)
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable()
+        model = adapted(base_manifest, track, share, checkpointing)
         add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
         out = model(**inputs, labels=labels, fused_lm_head=True)
         assert out.log_probs.shape == (12, length if share else labels.shape[1] - 1)
@@ -190,10 +187,7 @@ def counted(model: Any) -> tuple[Any, list[int]]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_passes_over_the_same_images_encode_them_once(batch: Any, base_manifest: Any, checkpointing: bool) -> None:
     track, inputs, _ = batch
-    model = adapted(base_manifest, track, share=True)
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable()
+    model = adapted(base_manifest, track, share=True, checkpointing=checkpointing)
     backbone, encoded = counted(model)
     with torch.no_grad():
         first = backbone(**inputs, use_cache=False).last_hidden_state

@@ -140,10 +140,11 @@ def sample_completions(
     """
     decoding = Decoding(model, inputs, rollouts)
     warpers = warpers_of(sampling)
+    ruled_out = torch.tensor(never, dtype=torch.long, device=decoding.logits.device)
     completions: list[list[int]] = [[] for _ in range(len(decoding.logits))]
     alive = list(range(len(completions)))
     for length in range(1, max_tokens + 1):
-        decoding.logits[:, list(never)] = -torch.inf
+        decoding.logits.index_fill_(1, ruled_out, -torch.inf)
         tokens = draw(decoding.logits, warpers, sampling.temperature, None)
         for row, token in zip(alive, tokens, strict=True):
             completions[row].append(token)
