@@ -72,7 +72,7 @@ all: setup ## everything the workflow makes
 	$(BIN)/snakemake --cores all $(OPTIONS)
 
 hub-demo: setup ## data and policy from a Hub on this machine, which serves small synthetic ones: downloads to tables
-	$(BIN)/python -m tests.engines.hub_server $(BIN)/snakemake --cores all \
+	$(BIN)/python -m tests.external.hub_server $(BIN)/snakemake --cores all \
 	    --configfile configs/test.yaml configs/hub_demo.yaml $(OPTIONS)
 
 ui: setup ## browse runs, metrics, artifacts and traces (PORT=...)
@@ -93,15 +93,15 @@ lint: setup ## format, lint and type checks alone
 	$(BIN)/snakemake --lint
 
 docs: setup ## the files and pages that are made from the code: config.yaml, its schema, docs/configuration, stages, schemas
-	$(BIN)/python -m workflow_scripts.configuration_reference
-	$(BIN)/python -m workflow_scripts.stage_reference
+	$(BIN)/python -m workflow_scripts.reference.configuration
+	$(BIN)/python -m workflow_scripts.reference.stages
 
 site: setup ## docs/ as a web site in site/, its links checked; OPTIONS=... of mkdocs build
 	$(BIN)/mkdocs build --strict --quiet $(OPTIONS)
 
 reruns: setup ## docs/reruns.md, from dry runs on a finished run of configs/test.yaml (makes that first: minutes)
 	$(BIN)/snakemake --cores all --configfile configs/test.yaml
-	$(BIN)/python -m workflow_scripts.rerun_matrix
+	$(BIN)/python -m workflow_scripts.reference.reruns
 
 bench: setup ## docs/performance.md anew, after `make table1`, on a quiet machine: hours
 	@for name in rollouts output_head alternatives grpo_step 'grpo_step --phases' floors data growth anchor startup page; do $(BIN)/python -m benchmarks.$$name; done
@@ -128,8 +128,8 @@ $(VLLM_VENV)/vllm-%.lock: envs/vllm-%.lock
 	@cp $< $@
 
 test-vllm: setup vllm-cpu ## the vLLM engine against the transformers engine, and the workflow with it
-	$(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm.py $(OPTIONS)
-	VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m pytest tests/engines/test_vllm_workflow.py $(OPTIONS)
+	$(VLLM_VENV)/bin/python -m pytest tests/external/test_vllm.py $(OPTIONS)
+	VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m pytest tests/external/test_vllm_workflow.py $(OPTIONS)
 
 lock-vllm: ## envs/vllm-cpu.lock and envs/vllm-gpu.lock (needs uv; OPTIONS=--upgrade for newer)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \

@@ -20,11 +20,11 @@ min_version("9.0")
 gc.freeze()  # what Snakemake has imported stays; searching it again and again, the last time at the end, takes a while
 sys.path.insert(0, str(workflow.basedir))
 
-from workflow_scripts import configuration as configurations
-from workflow_scripts import stage_configuration as stages
-from workflow_scripts.locks import Lock
-from workflow_scripts.provenance import code_digest, stage_environment
-from workflow_scripts.verify_results import refuse_unrecorded
+from workflow_scripts.configuration import model as configurations
+from workflow_scripts.configuration import stages
+from workflow_scripts.running.locks import Lock
+from workflow_scripts.running.provenance import code_digest, stage_environment
+from workflow_scripts.commands.verify import refuse_unrecorded
 
 
 configfile: os.path.join(workflow.basedir, "config.yaml")
@@ -45,16 +45,16 @@ onstart:
 
 # What only an end needs is imported there: a dry run does without.
 onsuccess:
-    from workflow_scripts import log_runs, register_policy, summary
+    from workflow_scripts.commands import log_runs, register, summary
 
     LOCK.release()
     summary.tell_success(configuration, STARTED)
     log_runs.remind(configuration)
-    register_policy.at_the_end(configuration)
+    register.at_the_end(configuration)
 
 
 onerror:
-    from workflow_scripts import log_runs, summary
+    from workflow_scripts.commands import log_runs, summary
 
     LOCK.release()
     summary.tell_failure(log)

@@ -35,14 +35,14 @@ from benchmarks.made_up import (
     write_test_set,
 )
 from benchmarks.measuring import ROUNDS, ProcessCost, cost, peak_megabytes, process_cost, replace_rows
-from workflow_scripts.configuration import Configuration, Dataset, load
+from workflow_scripts.configuration.model import Configuration, Dataset, load
 from workflow_scripts.preferences.archives import iter_images
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import write_images
-from workflow_scripts.provenance import ROOT, code_digest, write_json
-from workflow_scripts.read_images import stream_images
+from workflow_scripts.running.provenance import ROOT, code_digest, write_json
+from workflow_scripts.stages.read_images import stream_images
 from workflow_scripts.scoring.bootstrap import accuracy_intervals
-from workflow_scripts.stage_configuration import (
+from workflow_scripts.configuration.stages import (
     MakeTables,
     MeasureAccuracy,
     ReadAnnotations,

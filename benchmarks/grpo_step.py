@@ -24,10 +24,10 @@ import psutil
 from benchmarks.made_up import write_sidecar
 from benchmarks.measuring import ROUNDS, Cost, in_turn, replace_rows, summarised
 from benchmarks.rollouts import SCALES, write_larger_policy
-from workflow_scripts.configuration import Track, load
+from workflow_scripts.configuration.model import Track, load
 from workflow_scripts.policy.manifest import model_files
-from workflow_scripts.provenance import ROOT, write_json
-from workflow_scripts.stage_configuration import TrainGrpo
+from workflow_scripts.running.provenance import ROOT, write_json
+from workflow_scripts.configuration.stages import TrainGrpo
 
 TRACKS: tuple[Track, ...] = ("imagereward", "hpsv2")
 CONTESTANTS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ class Case(NamedTuple):
                 }
             files |= {"adapter": out / "adapter_model.safetensors", "adapter_config": out / "adapter_config.json"}
             files |= {"record": out / "training.json", "checkpoints": out / "checkpoints"}
-            command = [sys.executable, "-u", *profiler, "-m", "workflow_scripts.train_grpo"]
+            command = [sys.executable, "-u", *profiler, "-m", "workflow_scripts.stages.train_grpo"]
             command += ["--config", TrainGrpo.of(load(raw), track, 0).canonical()]
             command += [word for name, path in files.items() for word in (f"--{name}", str(path))]
             untracked = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from workflow_scripts.preferences.schema import SUBSET, write_preferences
 from workflow_scripts.preferences.synthetic_layouts import IMAGE_COUNTS, METADATA
-from workflow_scripts.provenance import described, sidecar_path, write_json
+from workflow_scripts.running.provenance import described, sidecar_path, write_json
 from workflow_scripts.rollouts.items import anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import ROLLOUT
 

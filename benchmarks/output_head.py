@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from benchmarks.measuring import contest, write_rows
-from workflow_scripts.policy.output_head import TurnedLinear
+from workflow_scripts.policy.fast.output_head import TurnedLinear
 
 VOCABULARY, WIDTHS, ROWS = 151_936, (512, 2048), (1, 2, 4, 8, 12, 16, 32, 64)
 

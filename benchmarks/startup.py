@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import ROUNDS, ProcessCost, in_turn, process_cost, write_rows
-from workflow_scripts.configuration import load
-from workflow_scripts.provenance import ROOT
-from workflow_scripts.stage_configuration import STAGES, SelectSubset
+from workflow_scripts.configuration.model import load
+from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.configuration.stages import STAGES, SelectSubset
 
 OPTIONS = ["--cores", "all", "--configfile", "configs/test.yaml"]
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
@@ -60,7 +60,7 @@ def small_job(run: Path, tracking: str) -> Callable[[Path], ProcessCost]:
     configuration = load({"datasets": {"imagereward": {"test_prompts": 10}}})
     data = "results/test/datasets/imagereward/test"
     command = [
-        *(sys.executable, "-m", "workflow_scripts.select_subset"),
+        *(sys.executable, "-m", "workflow_scripts.stages.select_subset"),
         *("--preferences", f"{data}/preferences.parquet", "--output", "ordered/subset.parquet"),
         *("--config", SelectSubset.of(configuration, "imagereward", "test").canonical(), "--code_digest", "none"),
     ]

@@ -19,7 +19,7 @@ rule synthesize_dataset:
         ).canonical(),
         code=code_digest("synthesize_dataset"),
     shell:
-        "python -m workflow_scripts.synthesize_dataset --output {output.record}"
+        "python -m workflow_scripts.stages.synthesize_dataset --output {output.record}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
 
@@ -38,7 +38,7 @@ rule download_dataset:
         config=lambda w: stages.DownloadDataset.of(configuration, w.dataset).canonical(),
         code=code_digest("download_dataset"),
     shell:
-        "python -m workflow_scripts.download_dataset --output {output.record}"
+        "python -m workflow_scripts.stages.download_dataset --output {output.record}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
 
@@ -60,7 +60,7 @@ rule record_own_data:
         config=lambda w: stages.RecordOwnData.of(configuration).canonical(),
         code=code_digest("record_own_data"),
     shell:
-        "python -m workflow_scripts.record_own_data --output {output.record}"
+        "python -m workflow_scripts.stages.record_own_data --output {output.record}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
 
@@ -83,7 +83,7 @@ rule read_annotations:
         ).canonical(),
         code=code_digest("read_annotations"),
     shell:
-        "python -m workflow_scripts.read_annotations --record {input.record} --output {output.preferences}"
+        "python -m workflow_scripts.stages.read_annotations --record {input.record} --output {output.preferences}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
 
@@ -107,7 +107,7 @@ rule select_training_subset:
         ).canonical(),
         code=code_digest("select_subset"),
     shell:
-        "python -m workflow_scripts.select_subset --preferences {input.preferences} --test_preferences {input.test}"
+        "python -m workflow_scripts.stages.select_subset --preferences {input.preferences} --test_preferences {input.test}"
         " --output {output.subset} --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
 
@@ -133,7 +133,7 @@ rule select_validation_subset:
         ).canonical(),
         code=code_digest("select_subset"),
     shell:
-        "python -m workflow_scripts.select_subset --preferences {input.preferences} --test_preferences {input.test}"
+        "python -m workflow_scripts.stages.select_subset --preferences {input.preferences} --test_preferences {input.test}"
         " $(test -z '{input.train}' || echo --train_preferences {input.train}) --output {output.subset}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
@@ -157,7 +157,7 @@ rule order_test_prompts:
         ).canonical(),
         code=code_digest("select_subset"),
     shell:
-        "python -m workflow_scripts.select_subset --preferences {input.preferences} --output {output.subset}"
+        "python -m workflow_scripts.stages.select_subset --preferences {input.preferences} --output {output.subset}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
 
@@ -184,6 +184,6 @@ rule read_images:
         ).canonical(),
         code=code_digest("read_images"),
     shell:
-        "python -m workflow_scripts.read_images --record {input.record} --subset {input.subset}"
+        "python -m workflow_scripts.stages.read_images --record {input.record} --subset {input.subset}"
         " --output {output.images} --listing {output.listing}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"

@@ -18,7 +18,7 @@ rule cold_start_policy:
         config=lambda w: stages.ColdStartPolicy.of(configuration).canonical(),
         code=code_digest("cold_start_policy"),
     shell:
-        "python -m workflow_scripts.cold_start_policy --model {output.model}"
+        "python -m workflow_scripts.stages.cold_start_policy --model {output.model}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
 
@@ -43,6 +43,6 @@ rule prepare_base_policy:
         config=lambda w: stages.PrepareBasePolicy.of(configuration).canonical(),
         code=code_digest("prepare_base_policy"),
     shell:
-        "python -m workflow_scripts.prepare_base_policy --manifest {output.manifest}"
+        "python -m workflow_scripts.stages.prepare_base_policy --manifest {output.manifest}"
         " $(test -z '{input.cold_start}' || echo --cold_start {input.cold_start})"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"

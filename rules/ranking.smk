@@ -26,7 +26,7 @@ rule rank_own_images:
         config=lambda w: stages.RankOwnImages.of(configuration).canonical(),
         code=code_digest("rank_own_images", "transformers"),
     shell:
-        f"{stages.launcher(configuration, 'rank_own_images')} -m workflow_scripts.rank_own_images"
+        f"{stages.launcher(configuration, 'rank_own_images')} -m workflow_scripts.stages.rank_own_images"
         " --base {input.base} --adapter {input.adapter}"
         " --table {output.table} --rows {output.rows} --page {output.page}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"

@@ -30,7 +30,7 @@ rule make_gallery:
         ).canonical(),
         code=code_digest("make_gallery"),
     shell:
-        "python -m workflow_scripts.make_gallery {input.rollouts} --scores {input.scores} --subset {input.subset}"
+        "python -m workflow_scripts.stages.make_gallery {input.rollouts} --scores {input.scores} --subset {input.subset}"
         " $(printf -- '--images %s ' {input.images}) --output {output.gallery}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
@@ -112,7 +112,7 @@ rule make_figures:
         config=lambda w: stages.MakeFigures.of(configuration).canonical(),
         code=code_digest("make_figures"),
     shell:
-        "python -m workflow_scripts.make_figures {input.rollouts}"
+        "python -m workflow_scripts.stages.make_figures {input.rollouts}"
         " $(printf -- '--scores %s ' {input.scores}) $(printf -- '--subsets %s ' {input.subsets})"
         " $(printf -- '--adapters %s ' {input.adapters})"
         " $(printf -- '--figures %s ' {output.tables} {output.images} {output.training_curves} {output.mean_at_k}"
@@ -148,6 +148,6 @@ rule make_report:
         config=lambda w: stages.MakeReport.of(configuration).canonical(),
         code=code_digest("make_report"),
     shell:
-        "python -m workflow_scripts.make_report {input.galleries} --table1 {input.table1} --figures {input.figures}"
+        "python -m workflow_scripts.stages.make_report {input.galleries} --table1 {input.table1} --figures {input.figures}"
         " --page {output.page}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"

@@ -33,7 +33,7 @@ rule generate_rollouts:
         ).canonical(),
         code=code_digest("generate_rollouts", configuration.rollouts.engine),
     shell:
-        f"{stages.launcher(configuration, 'generate_rollouts')} -m workflow_scripts.generate_rollouts"
+        f"{stages.launcher(configuration, 'generate_rollouts')} -m workflow_scripts.stages.generate_rollouts"
         " --base {input.base}"
         " $(test -z '{input.adapter}' || echo --adapter {input.adapter})"
         " --subset {input.subset} --images {input.images} --output {output.rollouts}"

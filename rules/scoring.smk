@@ -23,7 +23,7 @@ rule score_rollouts:
         ).canonical(),
         code=code_digest("score_rollouts"),
     shell:
-        "python -m workflow_scripts.score_rollouts {input.rollouts} --output {output.scores}"
+        "python -m workflow_scripts.stages.score_rollouts {input.rollouts} --output {output.scores}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
 
 
@@ -48,6 +48,6 @@ rule measure_accuracy:
         ).canonical(),
         code=code_digest("measure_accuracy"),
     shell:
-        "python -m workflow_scripts.measure_accuracy --scores {input.scores} --subset {input.subset}"
+        "python -m workflow_scripts.stages.measure_accuracy --scores {input.scores} --subset {input.subset}"
         " --dataset_record {input.record} --output {output.accuracy} --prompts {output.prompts}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"

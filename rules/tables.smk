@@ -49,7 +49,7 @@ rule make_tables:
         config=lambda w: stages.MakeTables.of(configuration).canonical(),
         code=code_digest("make_tables"),
     shell:
-        "python -m workflow_scripts.make_tables {input.accuracies} --base {input.base}"
+        "python -m workflow_scripts.stages.make_tables {input.accuracies} --base {input.base}"
         " $(printf -- '--adapters %s ' {input.adapters})"
         " --table1 {output.table1} --table2 {output.table2} --comparisons {output.comparisons}"
         " --sensitivity {output.sensitivity} --markdown {output.markdown}"

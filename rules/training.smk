@@ -29,7 +29,7 @@ rule train_grpo:
         ).canonical(),
         code=code_digest("train_grpo", "transformers"),
     shell:
-        f"{stages.launcher(configuration, 'train_grpo')} -m workflow_scripts.train_grpo"
+        f"{stages.launcher(configuration, 'train_grpo')} -m workflow_scripts.stages.train_grpo"
         " --base {input.base} --train {input.train}"
         " --train_images {input.train_images} --validation {input.validation}"
         " --validation_images {input.validation_images} --adapter {output.adapter}"

@@ -17,7 +17,7 @@ from PIL import Image
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
 from workflow_scripts.preferences.synthetic_scenes import HUMAN, draw, sample_prompt, sample_scene
-from workflow_scripts.provenance import ROOT, described, sidecar_path, write_json
+from workflow_scripts.running.provenance import ROOT, described, sidecar_path, write_json
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the checkout
@@ -58,9 +58,9 @@ def base_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def policies(base_manifest: Path) -> dict[str, Any]:
     """Return the bundled policy with the question of each track."""
-    from workflow_scripts.configuration import Configuration
+    from workflow_scripts.configuration.model import Configuration
     from workflow_scripts.policy.loading import load_policy
-    from workflow_scripts.stage_configuration import ModelConfig
+    from workflow_scripts.configuration.stages import ModelConfig
 
     return {
         track: load_policy(base_manifest, None, ModelConfig.of(Configuration(), track))  # type: ignore[arg-type]
@@ -74,9 +74,9 @@ def adapter(base_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from workflow_scripts.configuration import Configuration
+    from workflow_scripts.configuration.model import Configuration
     from workflow_scripts.policy.loading import load_model
-    from workflow_scripts.stage_configuration import ModelConfig
+    from workflow_scripts.configuration.stages import ModelConfig
 
     lora = Configuration().training.hpsv2.lora
     torch.manual_seed(0)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from workflow_scripts.configuration import Configuration, Resources, load
-from workflow_scripts.configuration_reference import generated_files
-from workflow_scripts.stage_reference import generated_pages
+from workflow_scripts.configuration.model import Configuration, Resources, load
+from workflow_scripts.reference.configuration import generated_files
+from workflow_scripts.reference.stages import generated_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from workflow_scripts.configuration import ConfigurationError
-from workflow_scripts.plan import FACTS, Plan, Stage, completion_length, configured, data_sheet, plan, report
+from workflow_scripts.configuration.model import ConfigurationError
+from workflow_scripts.commands.plan import FACTS, Plan, Stage, completion_length, configured, data_sheet, plan, report
 from workflow_scripts.planning.architecture import PlanError
 from workflow_scripts.planning.costs import GIGABYTE, Assumptions, Length, decoding_seconds
 from workflow_scripts.planning.workload import published_totals
-from workflow_scripts.provenance import ROOT
-from workflow_scripts.published import PUBLISHED
+from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.configuration.published import PUBLISHED
 
 PAPER, PAPER_3B = ROOT / "configs/paper.yaml", ROOT / "configs/paper-3b.yaml"
 
@@ -27,7 +27,7 @@ def planned(path: Path, gpu: str, *settings: str) -> Plan:
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    command = [sys.executable, "-m", "workflow_scripts.plan", *arguments]
+    command = [sys.executable, "-m", "workflow_scripts.commands.plan", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -35,7 +35,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is here that a run of the paper's configuration would have made, and no model in the Hub's cache."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("workflow_scripts.plan.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("workflow_scripts.commands.plan.try_to_load_from_cache", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize(("path", "gpu"), [(PAPER, "h100-80gb"), (PAPER, "a100-80gb"), (PAPER_3B, "rtx4090")])

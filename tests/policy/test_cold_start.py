@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from workflow_scripts import cold_start_policy
-from workflow_scripts.configuration import load
+from workflow_scripts.stages import cold_start_policy
+from workflow_scripts.configuration.model import load
 from workflow_scripts.policy import cold_start
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS, sampled_answer, well_formed
 from workflow_scripts.policy.tiny_qwen import TAGS, build_model
 from workflow_scripts.preferences.synthetic_scenes import draw, held_out
-from workflow_scripts.provenance import ROOT
-from workflow_scripts.stage_configuration import ColdStartPolicy
+from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.configuration.stages import ColdStartPolicy
 
 SHORT = {"caption_steps": 3, "trace_steps": 2, "batch": 2}
 TEMPLATES = {"pointwise": "{image} prompt: {prompt}. rate.", "pairwise": "one: {image} two: {image} prompt: {prompt}."}
@@ -44,7 +44,7 @@ def cold_started(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_another_process_gives_the_same_bytes(cold_started: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "workflow_scripts.cold_start_policy", *words(tmp_path)]
+    command = [sys.executable, "-m", "workflow_scripts.stages.cold_start_policy", *words(tmp_path)]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "2"}, check=True)
     names = sorted(path.name for path in cold_started.iterdir() if "provenance" not in path.name)
     assert {"model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"} <= set(names)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from workflow_scripts.configuration import Configuration
+from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.policy.prompts import ANSWERS, messages, plain
 from workflow_scripts.policy.tiny_qwen import SPECIAL_TOKENS, TAGS
 

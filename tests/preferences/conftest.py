@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from workflow_scripts.configuration import Hpdv2World, ImageRewardWorld
+from workflow_scripts.configuration.model import Hpdv2World, ImageRewardWorld
 from workflow_scripts.preferences.synthetic_layouts import write_hpdv2, write_imagereward
 
 

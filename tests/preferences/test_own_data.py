@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from workflow_scripts.configuration import load
+from workflow_scripts.configuration.model import load
 from workflow_scripts.preferences.own_data import SPLITS, drawn_split, image_files, read_preferences
 from workflow_scripts.preferences.schema import (
     IMAGES,
@@ -29,8 +29,8 @@ from workflow_scripts.preferences.schema import (
     read_table,
     write_preferences,
 )
-from workflow_scripts.provenance import ProvenanceError
-from workflow_scripts.stage_configuration import ReadAnnotations, ReadImages, RecordOwnData
+from workflow_scripts.running.provenance import ProvenanceError
+from workflow_scripts.configuration.stages import ReadAnnotations, ReadImages, RecordOwnData
 
 DRAWN = {"seed": 0, "validation_fraction": 0.2, "test_fraction": 0.3}
 FILES = ("a.png", "b.png", "more/a.png", "more/c%2F.png", "übung 1.png")
@@ -374,7 +374,7 @@ def test_the_canonical_format_with_files_and_archives(run_main: Any, tmp_path: P
 
 def read_images(run_main: Any, dataset: Path, rows: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
     """Run read_images for these rows."""
-    from workflow_scripts.provenance import described, sidecar_path, write_json
+    from workflow_scripts.running.provenance import described, sidecar_path, write_json
 
     subset = output / "subset.parquet"
     write_preferences(subset, [row | {"position": i} for i, row in enumerate(rows)], SUBSET)

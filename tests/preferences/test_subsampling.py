@@ -20,7 +20,7 @@ from workflow_scripts.preferences.subsampling import (
     restricted,
     share,
 )
-from workflow_scripts.select_subset import filter_pairs
+from workflow_scripts.stages.select_subset import filter_pairs
 
 ids = st.sets(st.text(min_size=1, max_size=8), min_size=1, max_size=60)
 fractions = st.floats(0.02, 1)

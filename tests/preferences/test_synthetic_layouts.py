@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from workflow_scripts.configuration import ConfigurationError, Hpdv2World, ImageRewardWorld
+from workflow_scripts.configuration.model import ConfigurationError, Hpdv2World, ImageRewardWorld
 from workflow_scripts.preferences.synthetic_layouts import (
     METADATA,
     hpdv2_scenes,

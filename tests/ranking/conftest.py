@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from workflow_scripts.configuration import Configuration, Track
-from workflow_scripts.provenance import described, sidecar_path, write_json
+from workflow_scripts.configuration.model import Configuration, Track
+from workflow_scripts.running.provenance import described, sidecar_path, write_json
 from workflow_scripts.ranking.judge import Judge
-from workflow_scripts.stage_configuration import TrainGrpo
+from workflow_scripts.configuration.stages import TrainGrpo
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workflow_scripts.configuration import Sampling
+from workflow_scripts.configuration.model import Sampling
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.preferences.images import UnreadableImageError, decoded, in_memory
-from workflow_scripts.provenance import ROOT, ProvenanceError, sidecar_path
+from workflow_scripts.running.provenance import ROOT, ProvenanceError, sidecar_path
 from workflow_scripts.ranking.judge import Judge, JudgeError, as_shown, ranks_of
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.transformers_engine import generate

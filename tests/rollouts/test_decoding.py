@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers.cache_utils import DynamicLayer
 
-from workflow_scripts.configuration import Sampling
-from workflow_scripts.policy.key_values import RoomyLayer, closed_up
-from workflow_scripts.policy.prompt_attention import PROMPT_ONCE
+from workflow_scripts.configuration.model import Sampling
+from workflow_scripts.policy.fast.key_values import RoomyLayer, closed_up
+from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.rollouts.decoding import LARGE_VOCABULARY, Decoding, draw, look_up, sample_completions, warpers_of
 

@@ -1,4 +1,4 @@
-"""What the vLLM engine makes of vLLM's completions, with scripted ones; vLLM itself: tests/engines."""
+"""What the vLLM engine makes of vLLM's completions, with scripted ones; vLLM itself: tests/external."""
 
 import math
 import sys
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from workflow_scripts.configuration import Configuration, RolloutsVllm, Sampling
+from workflow_scripts.configuration.model import Configuration, RolloutsVllm, Sampling
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.vllm_engine import VllmModel, generate, load_into_vllm
-from workflow_scripts.stage_configuration import ModelConfig
+from workflow_scripts.configuration.stages import ModelConfig
 
 PIECES = ["<end>", "question", "<think>", "a", "b", "</think>", "<", "answer", ">", ">b", " ", "1", "2", "</answer>"]
 END, QUESTION = 0, 1

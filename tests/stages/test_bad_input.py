@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from workflow_scripts.configuration import Configuration, Sampling, load
+from workflow_scripts.configuration.model import Configuration, Sampling, load
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import LARGEST_ASPECT_RATIO, decoded
 from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_images, write_images, write_preferences
-from workflow_scripts.provenance import ROOT, described, sidecar_path, write_json
+from workflow_scripts.running.provenance import ROOT, described, sidecar_path, write_json
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item
-from workflow_scripts.stage_configuration import (
+from workflow_scripts.configuration.stages import (
     GenerateRollouts,
     MeasureAccuracy,
     ReadAnnotations,
@@ -32,7 +32,7 @@ from workflow_scripts.stage_configuration import (
     ScoreRollouts,
     TrainGrpo,
 )
-from workflow_scripts.train_grpo import image_reader
+from workflow_scripts.stages.train_grpo import image_reader
 
 SHORT = {"max_thinking_tokens": 4, "max_answer_tokens": 4}
 
@@ -341,7 +341,7 @@ def run_read_annotations(folder: Path, content: bytes | None, output: Path) -> s
     command = [
         sys.executable,
         "-m",
-        "workflow_scripts.read_annotations",
+        "workflow_scripts.stages.read_annotations",
         "--record",
         str(record),
         "--output",

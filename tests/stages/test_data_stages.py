@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from workflow_scripts.configuration import Configuration, Dataset, Split, load
+from workflow_scripts.configuration.model import Configuration, Dataset, Split, load
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, read_table, write_preferences
-from workflow_scripts.provenance import ProvenanceError, sidecar_path, verify
-from workflow_scripts.stage_configuration import (
+from workflow_scripts.running.provenance import ProvenanceError, sidecar_path, verify
+from workflow_scripts.configuration.stages import (
     DownloadDataset,
     ReadAnnotations,
     ReadImages,

@@ -12,13 +12,13 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 from trl import GRPOTrainer
 
-from workflow_scripts.configuration import ConfigurationError, load
+from workflow_scripts.configuration.model import ConfigurationError, load
 from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.provenance import ROOT
-from workflow_scripts.stage_configuration import GenerateRollouts, ModelConfig, TrainGrpo, interpreter
-from workflow_scripts.train_grpo import ValidatingTrainer, check_generation, grpo_config, merged, served_folder
+from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.configuration.stages import GenerateRollouts, ModelConfig, TrainGrpo, interpreter
+from workflow_scripts.stages.train_grpo import ValidatingTrainer, check_generation, grpo_config, merged, served_folder
 
 # What vLLM is told, all of it other than the default.
 TRAINING_VLLM = {"gpu_memory_utilization": 0.4, "max_model_len": 512, "server_url": "http://127.0.0.1:9"}

@@ -24,16 +24,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workflow_scripts import train_grpo
-from workflow_scripts.configuration import Configuration, load
+from workflow_scripts.stages import train_grpo
+from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS
 from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
-from workflow_scripts.provenance import ROOT, described, write_json
-from workflow_scripts.score_rollouts import SCORE
+from workflow_scripts.running.provenance import ROOT, described, write_json
+from workflow_scripts.stages.score_rollouts import SCORE
 from workflow_scripts.scoring.image_scores import image_scores
-from workflow_scripts.stage_configuration import GenerateRollouts, MakeTables, MeasureAccuracy, ScoreRollouts, TrainGrpo
-from workflow_scripts.train_grpo import image_reader, last_complete_checkpoint, soft_pair_accuracy, training_items
+from workflow_scripts.configuration.stages import GenerateRollouts, MakeTables, MeasureAccuracy, ScoreRollouts, TrainGrpo
+from workflow_scripts.stages.train_grpo import image_reader, last_complete_checkpoint, soft_pair_accuracy, training_items
 
 # -------------------------------------------------------------------------------------------------------------- scores
 
@@ -545,7 +545,7 @@ def start_training(inputs: dict[str, Path], folder: Path) -> subprocess.Popen[st
     config = TrainGrpo.of(load({"training": {"imagereward": small}}), "imagereward", 0)
     files = inputs | {"adapter": folder / "adapter_model.safetensors", "adapter_config": folder / "adapter_config.json"}
     files |= {"record": folder / "training.json", "checkpoints": folder / "checkpoints"}
-    command = [sys.executable, "-m", "workflow_scripts.train_grpo", "--config", config.canonical()]
+    command = [sys.executable, "-m", "workflow_scripts.stages.train_grpo", "--config", config.canonical()]
     for name, path in files.items():
         command += [f"--{name}", str(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}

@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from workflow_scripts.configuration import load
+from workflow_scripts.configuration.model import load
 from workflow_scripts.preferences.schema import PREFERENCES, SchemaError, read_table
-from workflow_scripts.provenance import ROOT
+from workflow_scripts.running.provenance import ROOT
 from workflow_scripts.rollouts.record import ROLLOUT
-from workflow_scripts.stage_configuration import (
+from workflow_scripts.configuration.stages import (
     GenerateRollouts,
     MakeTables,
     MeasureAccuracy,

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from checkout import Workflow
 
-from workflow_scripts.provenance import verify
+from workflow_scripts.running.provenance import verify
 
 TABLES = ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md")
 

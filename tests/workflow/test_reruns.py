@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from checkout import Workflow, environment
 
-from workflow_scripts import rerun_matrix
-from workflow_scripts.configuration import Configuration
-from workflow_scripts.configuration_reference import leaves
-from workflow_scripts.provenance import PACKAGE, ROOT, WITHOUT_EFFECT, module_closure
-from workflow_scripts.rerun_matrix import modules, stages
+from workflow_scripts.reference import reruns as rerun_matrix
+from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.reference.configuration import leaves
+from workflow_scripts.running.provenance import PACKAGE, ROOT, WITHOUT_EFFECT, module_closure
+from workflow_scripts.reference.reruns import modules, stages
 
 # configs/test.yaml takes data and policy from elsewhere, and ranks nothing.
 NOT_RUN = {"download_dataset", "cold_start_policy", "record_own_data", "rank_own_images"}
@@ -57,7 +57,7 @@ def by_module(page: str) -> dict[str, dict[str, str]]:
 
 @pytest.mark.cases(len(list(leaves(Configuration()))))
 def test_the_page_is_what_dry_runs_say(workflow: Workflow, page: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "workflow_scripts.rerun_matrix", "--output", str(tmp_path / "reruns.md")]
+    command = [sys.executable, "-m", "workflow_scripts.reference.reruns", "--output", str(tmp_path / "reruns.md")]
     subprocess.run(command, cwd=workflow.folder, env=environment(), check=True)
     assert (tmp_path / "reruns.md").read_text(encoding="utf-8") == page, "docs/reruns.md is stale; run `make reruns`"
 
@@ -185,7 +185,8 @@ def test_cosmetic_changes_and_tracking_rerun_nothing(workflow: Workflow, tmp_pat
 
 EDITED = """
 import json, sys
-from workflow_scripts import provenance, rerun_matrix
+from workflow_scripts.running import provenance
+    from workflow_scripts.reference import reruns as rerun_matrix
 
 run = rerun_matrix.FinishedRun()
 for module in sys.argv[1:]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from workflow_scripts.configuration import Distributed, Rollouts, Training
+from workflow_scripts.configuration.model import Distributed, Rollouts, Training
 from workflow_scripts.planning.architecture import BYTES, FULL, SCORED_AT_ONCE, Architecture, Attention, Image
 from workflow_scripts.planning.workload import Questions
 

@@ -4,7 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from workflow_scripts.provenance import ROOT, file_digest
+from workflow_scripts.running.provenance import ROOT, file_digest
 
 # Weights as safetensors only: a pickle runs code when it is loaded. And no *.py: code of a model is never run.
 NEEDED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.configuration import Split
+from workflow_scripts.configuration.model import Split
 from workflow_scripts.preferences.schema import SchemaError, image_name, text
 
 LONGEST_ROW = 2**20  # characters; published rows have some hundred to some thousand

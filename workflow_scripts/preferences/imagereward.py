@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from workflow_scripts.configuration import Split
+from workflow_scripts.configuration.model import Split
 from workflow_scripts.preferences.archives import member_names
 from workflow_scripts.preferences.schema import SchemaError, image_name, reading_parquet, text, whole_number
 

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workflow_scripts.configuration import Split
+from workflow_scripts.configuration.model import Split
 from workflow_scripts.preferences.hpdv2 import canonical_row, text_digest
 from workflow_scripts.preferences.schema import (
     PREFERENCES,

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from workflow_scripts.locks import Lock
+from workflow_scripts.running.locks import Lock
 from workflow_scripts.preferences.images import UnreadableImageError, decoded
-from workflow_scripts.provenance import digest, replacing
+from workflow_scripts.running.provenance import digest, replacing
 from workflow_scripts.ranking.judge import Judge, image_name, ranks_of
 from workflow_scripts.ranking.listing import Listed
 from workflow_scripts.ranking.page import write_page

@@ -5,7 +5,7 @@ from functools import cache
 
 from PIL import Image
 
-from workflow_scripts.configuration import Sampling
+from workflow_scripts.configuration.model import Sampling
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages
 from workflow_scripts.rollouts.items import Item

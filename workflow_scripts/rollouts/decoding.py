@@ -14,9 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from workflow_scripts.configuration import Sampling
-from workflow_scripts.policy.key_values import closed_up, roomy_cache
-from workflow_scripts.policy.prompt_attention import PROMPT_ONCE, PromptStates
+from workflow_scripts.configuration.model import Sampling
+from workflow_scripts.policy.fast.key_values import closed_up, roomy_cache
+from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE, PromptStates
 
 BLOCK = 128  # tokens
 LARGE_VOCABULARY = 32 * BLOCK

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from workflow_scripts.configuration import Sampling
-from workflow_scripts.policy.key_values import closed_up
+from workflow_scripts.configuration.model import Sampling
+from workflow_scripts.policy.fast.key_values import closed_up
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
 from workflow_scripts.preferences.images import Images

@@ -1,0 +1,348 @@
+"""The configuration: what is refused and how it is said, what reaches the stages, and the files made from it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+import jsonschema
+import pytest
+import yaml
+
+from workflow_scripts.configuration import stages
+from workflow_scripts.configuration.model import (
+    Configuration,
+    ConfigurationError,
+    Dataset,
+    Section,
+    Split,
+    Track,
+    load,
+)
+from workflow_scripts.reference.configuration import generated_files
+from workflow_scripts.running.provenance import ROOT, canonical_json
+
+OVERLAYS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def keys(section: Section, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Path, field and default of every key, sections included."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        yield (*path, name), field, value
+        if isinstance(value, Section):
+            yield from keys(value, (*path, name))
+
+
+KEYS = list(keys(Configuration()))
+
+
+def nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """Raw configuration with one key set."""
+    for name in reversed(path):
+        value = {name: value}
+    return value
+
+
+def overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge two raw configurations as Snakemake does."""
+    both = {
+        k: overlaid(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()
+    }
+    return {**base, **both}
+
+
+@pytest.mark.parametrize("path", [path for path, _, _ in KEYS], ids=".".join)
+def test_a_misspelt_key_is_told_its_right_name(path: tuple[str, ...]) -> None:
+    wrong = (*path[:-1], path[-1] + "x")
+    with pytest.raises(ConfigurationError) as error:
+        load(nested(wrong, 1))
+    assert f"{'.'.join(wrong)}: unknown key; did you mean {path[-1]}?" in str(error.value)
+
+
+def test_a_key_like_no_other_is_told_what_is_valid() -> None:
+    with pytest.raises(ConfigurationError, match=r"training\.qqq: unknown key; valid here: imagereward, hpsv2"):
+        load({"training": {"qqq": 1}})
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    with pytest.raises(ConfigurationError) as error:
+        load({"numeric_threads": 0, "trainin": {}, "scoring": {"report_k": [3, 1]}})
+    assert len(str(error.value).splitlines()) == 4
+
+
+BOUNDS = [
+    (path, outside)
+    for path, field, value in KEYS
+    for mark in field.metadata
+    for name, step in (("ge", -1), ("gt", 0), ("le", 1), ("lt", 0))
+    if (limit := getattr(mark, name, None)) is not None
+    for outside in [limit + step]
+]
+
+
+@pytest.mark.parametrize(("path", "outside"), BOUNDS, ids=lambda v: ".".join(v) if isinstance(v, tuple) else str(v))
+def test_values_out_of_bounds_are_refused_by_name(path: tuple[str, ...], outside: float) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{'.'.join(path)}: {outside!r} is not allowed: Input should be "):
+        load(nested(path, outside))
+
+
+def test_numbers_have_bounds() -> None:
+    bounded = {path for path, _ in BOUNDS}
+    numbers = {path for path, _, value in KEYS if isinstance(value, int | float) and not isinstance(value, bool)}
+    assert numbers == bounded
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), ".inf", "1e999"])
+def test_infinite_numbers_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match="learning_rate"):
+        load(nested(("training", "hpsv2", "learning_rate"), value))
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("2e-4", 2e-4), ("1.0e-5", 1e-5)])
+def test_exponents_of_yaml_are_numbers(text: str, number: float) -> None:
+    raw = yaml.safe_load(f"training: {{imagereward: {{learning_rate: {text}}}}}")
+    assert load(raw).training.imagereward.learning_rate == number
+
+
+@pytest.mark.parametrize("text", ["1e-5x", "fast", "[1]", "null", "", "1e2.5"])
+def test_what_is_no_number_is_refused(text: str) -> None:
+    raw = yaml.safe_load(f"training: {{imagereward: {{learning_rate: {text}}}}}")
+    with pytest.raises(ConfigurationError, match=r"training\.imagereward\.learning_rate: .* is not allowed"):
+        load(raw)
+
+
+def test_no_number_stays_text() -> None:
+    for path, _, value in KEYS:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            loaded: Any = load(nested(path, str(value)))
+            for name in path:
+                loaded = getattr(loaded, name)
+            assert loaded == value and type(loaded) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"rollouts": {"engine": "transformer"}}, "rollouts.engine: 'transformer' is not allowed: .*'transformers'"),
+        ({"policy": {"dtype": "float23"}}, "policy.dtype: 'float23' is not allowed: .*did you mean float32"),
+        ({"tracks": ["imagereword"]}, "tracks.0: 'imagereword' is not allowed: .*did you mean imagereward"),
+        ({"seeds": []}, "seeds: .* one or more different whole numbers"),
+        ({"seeds": [1, 1]}, "seeds: .* one or more different whole numbers"),
+        ({"seeds": [-1]}, "seeds: .* one or more different whole numbers"),
+        ({"scoring": {"report_k": [3, 1]}}, r"scoring.report_k: \[3, 1\] is not allowed: must be ascending"),
+        ({"scoring": {"report_k": [1, 4]}}, "scoring.report_k asks for Mean@4 but rollouts.blocks .* records 3"),
+        ({"cross_tests": [{"track": "hpsv2", "test": "hpsv2"}]}, "cross_tests: hpsv2 on hpsv2 needs .* another test"),
+        ({"tracks": ["hpsv2"], "cross_tests": [{"track": "imagereward", "test": "hpsv2"}]}, "needs a trained track"),
+        ({"cross_tests": [{"track": "hpsv2", "tset": "hpsv2"}]}, "cross_tests.0.tset: unknown key; did you mean test"),
+        ({"prompts": {"pairwise": "{image} {prompt}"}}, r"prompts.pairwise: .* must contain \{image\} 2 time"),
+        ({"prompts": {"pointwise": "{image}"}}, r"prompts.pointwise: .* must contain .* \{prompt\} once"),
+        (
+            {"training": {"hpsv2": {"num_iterations": 3, "validate_every": 4}}},
+            "validate_every must be a multiple of num_iterations",
+        ),
+        (
+            {"training": {"hpsv2": {"gradient_accumulation": 3}}},
+            r"gradient_accumulation must divide prompts_per_step \* group_size",
+        ),
+        ({"training": {"hpsv2": {"rewards": {"approximate": 1}}}}, "rewards.approximate: unknown key"),
+        ({"training": 3}, "training: 3 is not allowed"),
+        (
+            {"policy": {"attention": "flash_attention_2"}},
+            "needs device cuda and dtype .* not cpu and float32; set it to",
+        ),
+    ],
+)
+def test_wrong_values_are_explained(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load(raw)
+
+
+def test_root_keys_are_words() -> None:
+    # Snakemake refuses `--config k=5`.
+    assert all(len(name) > 1 for name in Configuration.model_fields)
+
+
+def test_every_key_says_what_it_is() -> None:
+    for path, field, value in KEYS:
+        text = (type(value).__doc__ if isinstance(value, Section) else field.description) or ""
+        assert text.endswith("."), path
+
+
+@pytest.mark.parametrize("name", list(generated_files()))
+def test_files_made_from_the_model_are_up_to_date(name: str) -> None:
+    assert (ROOT / name).read_text(encoding="utf-8") == generated_files()[name], (
+        "python -m workflow_scripts.configuration.model"
+    )
+
+
+def test_the_commented_yaml_is_the_default() -> None:
+    assert load(yaml.safe_load((ROOT / "config.yaml").read_text())) == Configuration()
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_overlays_are_valid_and_have_folders_of_their_own(path: Path) -> None:
+    raw = yaml.safe_load(path.read_text())
+    jsonschema.validate(raw, json.loads((ROOT / "config.schema.json").read_text()))
+    assert load(overlaid(yaml.safe_load((ROOT / "config.yaml").read_text()), raw)).results != Configuration().results
+
+
+def test_the_schema_catches_a_typo_in_an_editor() -> None:
+    schema = json.loads((ROOT / "config.schema.json").read_text())
+    for raw in ({"trainin": {}}, {"training": {"imagereward": {"learning_rat": 1}}}, {"numeric_threads": 0}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(raw, schema)
+
+
+# ------------------------------------------------------------------------------------------------- stage configurations
+
+
+def configurations() -> Iterator[tuple[str, Configuration]]:
+    """The default and every overlay on it."""
+    base = yaml.safe_load((ROOT / "config.yaml").read_text())
+    yield "default", load(base)
+    for path in OVERLAYS:
+        yield path.stem, load(overlaid(base, yaml.safe_load(path.read_text())))
+
+
+def instances(c: Configuration) -> Iterator[stages.StageConfig]:
+    """The configuration of stages for every track, data set, split, policy."""
+    yield from (stages.ColdStartPolicy.of(c), stages.PrepareBasePolicy.of(c), stages.MakeTables.of(c))
+    yield from (stages.RecordOwnData.of(c), stages.RankOwnImages.of(c))
+    yield from (stages.MakeFigures.of(c), stages.MakeReport.of(c))
+    for dataset in get_args(Dataset):
+        if dataset != "own":
+            yield from (stages.SynthesizeDataset.of(c, dataset), stages.DownloadDataset.of(c, dataset))
+        for split in get_args(Split):
+            yield from (
+                stages.ReadAnnotations.of(c, dataset, split),
+                stages.SelectSubset.of(c, dataset, split),
+                stages.ReadImages.of(c, dataset, split, 1),
+            )
+    for track in get_args(Track):
+        yield stages.TrainGrpo.of(c, track, 3)
+        for policy, test in product(("zeroshot", "grpo"), get_args(Dataset)):
+            yield stages.GenerateRollouts.of(c, track, policy, test, 3, 1, 2)  # type: ignore[arg-type]
+            yield stages.ScoreRollouts.of(c, track, policy, test, 3)  # type: ignore[arg-type]
+            yield stages.MeasureAccuracy.of(c, track, policy, test, 3)  # type: ignore[arg-type]
+            yield stages.MakeGallery.of(c, track, policy, test, 3)  # type: ignore[arg-type]
+
+
+def types(value: Any) -> Any:
+    """Types of a configuration and everything in it."""
+    if isinstance(value, Section):
+        return type(value), {name: types(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, list):
+        return [types(item) for item in value]
+    return type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "configuration"), list(configurations()), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_a_stage_reads_back_what_the_rule_wrote(name: str, configuration: Configuration) -> None:
+    seen = set()
+    for config in instances(configuration):
+        text = config.canonical()
+        again = type(config).model_validate_json(text)
+        assert again == config and types(again) == types(config)
+        assert again.canonical() == text == canonical_json(json.loads(text))
+        seen.add(text)
+    assert len(seen) == len(list(instances(configuration)))
+    assert {type(config) for config in instances(configuration)} == set(stages.StageConfig.__subclasses__())
+
+
+def test_a_key_changes_the_stages_that_use_it_and_no_others() -> None:
+    def changed(raw: dict[str, Any]) -> set[str]:
+        pairs = zip(instances(load({})), instances(load(raw)), strict=True)
+        return {type(a).__name__ for a, b in pairs if a.canonical() != b.canonical()}
+
+    assert changed({"scoring": {"report_k": [1, 2]}}) == {"MeasureAccuracy", "MakeTables", "MakeReport"}
+    assert changed({"scoring": {"bootstrap": {"seed": 1}}}) == {"MeasureAccuracy", "MakeTables", "MakeFigures"}
+    assert changed({"rollouts": {"sampling": {"temperature": 0.5}}}) == {"GenerateRollouts"}
+    assert changed({"rollouts": {"blocks": 2}}) == set()  # more files, and the others stay
+    assert changed({"training": {"hpsv2": {"beta": 0}}}) == {"TrainGrpo"}
+    assert changed({"datasets": {"hpsv2": {"train_fraction": 0.5}}}) == {"SelectSubset", "MakeTables"}
+    assert changed({"datasets": {"own": {"folder": "elsewhere", "test_fraction": 0.3}}}) == {"RecordOwnData"}
+    assert changed({"datasets": {"own": {"title": "unused"}}}) == set()
+    assert changed({"policy": {"image_processor": {"do_rescale": True}}}) == {"TrainGrpo", "GenerateRollouts"}
+    assert changed({"policy": {"attention": "eager"}}) == {"TrainGrpo", "GenerateRollouts"}
+    assert changed({"numeric_threads": 2}) == {"ColdStartPolicy", "TrainGrpo", "GenerateRollouts"}
+    assert changed({"prompts": {"pointwise": "{image}{prompt}"}}) == {
+        "ColdStartPolicy",
+        "TrainGrpo",
+        "GenerateRollouts",
+    }
+    assert changed({"results": "r", "downloads": "d", "seeds": [1, 2]}) == {"MakeTables"}
+    assert changed({"tracking": {"enabled": False, "uri": "x", "experiment": "y", "artifact_megabytes": 1}}) == set()
+
+
+def test_training_of_one_track_ignores_the_keys_of_the_other() -> None:
+    one, two = load({}), load({"training": {"hpsv2": {"steps": 7}}, "prompts": {"pairwise": "{image}{image}{prompt}"}})
+    assert stages.TrainGrpo.of(one, "imagereward", 0) == stages.TrainGrpo.of(two, "imagereward", 0)
+    assert stages.TrainGrpo.of(one, "hpsv2", 0) != stages.TrainGrpo.of(two, "hpsv2", 0)
+
+
+def test_own_data_are_trained_on_by_their_protocol() -> None:
+    one = load({"training": {"own": {"rewards": {"exact": 2}, "steps": 7}}})
+    two = load({"datasets": {"own": {"protocol": "pairwise"}}, "training": {"own": {"rewards": {"exact": 2}}}})
+    rated, compared = (stages.TrainGrpo.of(c, "own", 0) for c in (one, two))
+    assert (rated.model.protocol, dict(rated.training.rewards)) == ("pointwise", dict(format=1, exact=2, approximate=1))
+    assert (compared.model.protocol, dict(compared.training.rewards)) == ("pairwise", dict(format=1, exact=2))
+    assert (rated.training.steps, compared.training.steps) == (7, 100)
+    for c, protocol in ((one, "pointwise"), (two, "pairwise")):
+        assert stages.MeasureAccuracy.of(c, "own", "grpo", "imagereward", 0).protocol == protocol
+        assert stages.MeasureAccuracy.of(c, "hpsv2", "grpo", "own", 0).protocol == "pairwise"
+
+
+def test_tables_are_told_of_own_data_only_where_they_are_used() -> None:
+    own: dict[str, Any] = {"datasets": {"own": {"title": "shapes"}}}
+    assert "own_title" not in json.loads(stages.MakeTables.of(load(own)).canonical())
+    for use in ({"tracks": ["own"]}, {"cross_tests": [{"track": "hpsv2", "test": "own"}]}):
+        assert stages.MakeTables.of(load(own | use)).own_title == "shapes"
+
+
+def test_shards_cover_the_test_prompts_once() -> None:
+    for prompts, size in ((10, 3), (9, 3), (1, 5), (2000, 500)):
+        c = load({"datasets": {"imagereward": {"test_prompts": prompts}}, "rollouts": {"shard_prompts": size}})
+        ranges = [stages.shard_range(c, "imagereward", shard) for shard in stages.shards(c, "imagereward")]
+        assert [position for start, stop in ranges for position in range(start, stop)] == list(range(prompts))
+
+
+# ------------------------------------------------------------------------------------------------------------ snakemake
+
+
+def dry_run(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Plan the real workflow in a folder where nothing exists."""
+    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", "--nolock", "--directory", str(tmp_path)]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    command += ["--snakefile", str(ROOT / "Snakefile"), "--workflow-profile", str(ROOT / "profiles/default"), *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_misspelt_key_on_the_command_line_stops_before_any_job(tmp_path: Path) -> None:
+    done = dry_run(tmp_path, "--config", "training={imagereward: {learning_rat: 1}}")
+    assert done.returncode != 0
+    message = "training.imagereward.learning_rat: unknown key; did you mean learning_rate?"
+    assert message in done.stdout + done.stderr
+    assert "rule " not in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_nested_key_on_the_command_line_reaches_the_job(tmp_path: Path) -> None:
+    overrides = "training={imagereward: {learning_rate: 1e-5, lora: {rank: 4}}}"
+    done = dry_run(
+        tmp_path, "--config", overrides, "--", "results/policies/imagereward/seed0/adapter_model.safetensors"
+    )
+    assert done.returncode == 0, done.stderr
+    (command,) = [line for line in (done.stdout + done.stderr).splitlines() if "workflow_scripts.stages.train_grpo" in line]
+    config = json.loads(command.split("--config '")[1].split("' --code_digest")[0])
+    expected = load({"training": {"imagereward": {"learning_rate": 1e-5, "lora": {"rank": 4}}}})
+    assert config == json.loads(stages.TrainGrpo.of(expected, "imagereward", 0).canonical())
+    assert config["training"]["learning_rate"] == 1e-5
+    assert config["training"]["steps"] == load({}).training.imagereward.steps
+    assert not (tmp_path / "results").exists()

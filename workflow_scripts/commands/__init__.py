@@ -1,0 +1,1 @@
+"""Commands that people type: `python -m workflow_scripts --help` lists them."""

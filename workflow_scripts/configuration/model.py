@@ -1,0 +1,714 @@
+"""The configuration: one typed model that is the source of defaults, schema, reference page and error messages.
+
+`configuration_reference` writes config.yaml, config.schema.json and docs/configuration.md from it.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.files.redaction import has_password, redacted
+
+Dataset = Literal["imagereward", "hpsv2", "own"]
+Track = Literal["imagereward", "hpsv2", "own"]
+Split = Literal["train", "validation", "test"]
+
+Protocol = Literal["pointwise", "pairwise"]
+PROTOCOL: dict[str, Protocol] = {"imagereward": "pointwise", "hpsv2": "pairwise"}  # of own data by configuration
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones are refused, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ImageRewardHub(Section):
+    """Where ImageRewardDB is published."""
+
+    repository: str = PUBLISHED["imagereward"]["repository"]
+    """Data set repository on the Hub."""
+    revision: str = PUBLISHED["imagereward"]["revision"]
+    """Commit, tag or branch; a commit id pins the data."""
+    path: str = ""
+    """Folder that holds the published files already; then nothing is downloaded, nothing copied, no repository used."""
+    train_set: Literal["1k", "2k", "4k", "8k"] = "8k"
+    """Published training set: about so many prompts, in the first 4, 8, 16 or in all 32 training archives."""
+
+
+class Hpdv2Hub(Section):
+    """Where HPDv2 is published."""
+
+    repository: str = PUBLISHED["hpsv2"]["repository"]
+    """Data set repository on the Hub."""
+    revision: str = PUBLISHED["hpsv2"]["revision"]
+    """Commit, tag or branch; a commit id pins the data."""
+    path: str = ""
+    """Folder that holds the published files already; then nothing is downloaded, nothing copied, no repository used."""
+
+
+class ImageRewardWorld(Section):
+    """Size of the synthetic ImageRewardDB."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of prompts, images and annotators."""
+    train_prompts: int = Field(640, ge=8)
+    """Training prompts, 4 to 9 images each."""
+    validation_prompts: int = Field(120, ge=4)
+    """Validation prompts."""
+    test_prompts: int = Field(2000, ge=4)
+    """Test prompts; see the power estimate in docs/synthetic-world.md."""
+    prompts_per_archive: int = Field(250, ge=1)
+    """Prompts in one zip archive."""
+    unreadable_images: int = Field(4, ge=0)
+    """Training images published empty or truncated, as in the real data."""
+
+
+class Hpdv2World(Section):
+    """Size of the synthetic HPDv2."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of prompts, images and annotators."""
+    train_prompts: int = Field(1600, ge=8)
+    """Training prompts, 4 images and 6 pairs each."""
+    test_prompts: int = Field(400, ge=4)
+    """Test prompts, 9 or 10 images each; the published number is 400."""
+    unreadable_images: int = Field(4, ge=0)
+    """Training images published empty or truncated, as in the real data."""
+
+
+class ImageRewardData(Section):
+    """ImageRewardDB: ratings and ranks of 4 to 9 images a prompt."""
+
+    source: Literal["synthetic", "hub"] = "synthetic"
+    """The embedded synthetic world or the published data."""
+    hub: ImageRewardHub = ImageRewardHub()
+    synthetic: ImageRewardWorld = ImageRewardWorld()
+    train_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the training prompts to keep, by seeded hash."""
+    subsample_by: Literal["prompt"] = "prompt"
+    """What the fraction counts."""
+    subsample_seed: int = Field(0, ge=0)
+    """Seed of the hash that orders prompts, for the fraction and for validation and test shards."""
+    drop_overlap: bool = True
+    """Drop training and validation prompts whose id or text also occurs in the test split (validation: train too)."""
+    validation_prompts: int = Field(120, ge=1)
+    """Validation prompts used during training, first in hash order."""
+    test_prompts: int = Field(2000, ge=1)
+    """Test prompts used, first in hash order; the published test split has 466."""
+
+
+class Hpdv2Data(Section):
+    """HPDv2 ("HPSv2" in the paper): pairs for training, ranks of 9 or 10 images a prompt for testing."""
+
+    source: Literal["synthetic", "hub"] = "synthetic"
+    """The embedded synthetic world or the published data."""
+    hub: Hpdv2Hub = Hpdv2Hub()
+    synthetic: Hpdv2World = Hpdv2World()
+    train_fraction: float = Field(0.25, gt=0, le=1)
+    """Share of the training data to keep, by seeded hash (paper §4: 25 %)."""
+    subsample_by: Literal["prompt", "pair"] = "prompt"
+    """Whether the fraction counts prompts (all pairs of a kept prompt) or single pairs."""
+    subsample_seed: int = Field(0, ge=0)
+    """Seed of the hash that orders prompts and pairs."""
+    drop_overlap: bool = True
+    """Drop training and validation prompts whose id or text also occurs in the test split."""
+    validation_prompts: int = Field(200, ge=1)
+    """Validation prompts, from the other end of the hash range than the kept ones (HPDv2 has no validation split)."""
+    test_prompts: int = Field(400, ge=1)
+    """Test prompts used, first in hash order; the published test split has 400."""
+
+
+class OwnData(Section):
+    """Preference data of your own, a table and a folder of images (docs/own-data.md); for tracks: [own]."""
+
+    source: Literal["own"] = "own"
+    """What the tables say of where it is from."""
+    title: str = Field("own data", min_length=1)
+    """Name in the tables."""
+    folder: str = "examples/own_data"
+    """Folder of table and images, relative to the repository."""
+    annotations: str = Field("ratings.csv", pattern=r"^[^/\\]+\.(csv|jsonl|parquet)$")
+    """Table in it: .csv or .jsonl with ratings, ranks or pairs, or .parquet in the canonical format."""
+    protocol: Protocol = "pointwise"
+    """What is trained on it: ratings of single images, or preferences between two."""
+    split_seed: int = Field(0, ge=0)
+    """Seed of the hash of a prompt's text that puts it into a split, where the table has no column `split`."""
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the prompts for validation, where the table has no column `split`."""
+    test_fraction: float = Field(0.2, ge=0, lt=1)
+    """Share of the prompts for testing, where the table has no column `split`."""
+    train_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the training prompts to keep, by seeded hash."""
+    subsample_by: Literal["prompt"] = "prompt"
+    """What the fraction counts."""
+    subsample_seed: int = Field(0, ge=0)
+    """Seed of the hash that orders prompts, for the fraction and for validation and test shards."""
+    drop_overlap: bool = True
+    """Drop training and validation prompts whose id or text also occurs in the test split (validation: train too)."""
+    validation_prompts: int = Field(200, ge=1)
+    """Validation prompts used during training, first in hash order."""
+    test_prompts: int = Field(1000, ge=1)
+    """Test prompts used, first in hash order."""
+
+    @model_validator(mode="after")
+    def _fractions(self) -> "OwnData":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction and test_fraction must leave something for training")
+        return self
+
+
+class Datasets(Section):
+    """The two data sets of the paper, and one of your own."""
+
+    imagereward: ImageRewardData = ImageRewardData()
+    hpsv2: Hpdv2Data = Hpdv2Data()
+    own: OwnData = OwnData()
+
+
+class ColdStart(Section):
+    """How the bundled tiny policy was made; `source: cold_start` makes it again."""
+
+    caption_steps: int = Field(400, ge=0)
+    """Steps of describing single images."""
+    trace_steps: int = Field(2400, ge=1)
+    """Steps of reasoning traces, ratings and pairs side by side."""
+    batch: int = Field(32, ge=1)
+    """Examples of each kind in a step."""
+    muon_learning_rate: float = Field(0.02, gt=0)
+    """Peak learning rate of Muon, for weight matrices."""
+    adamw_learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW, for everything else."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, scenes and teacher."""
+
+
+class PolicyHub(Section):
+    """A base policy from the Hub."""
+
+    repository: str = PUBLISHED["qwen2.5-vl-7b"]["repository"]
+    """Model repository."""
+    revision: str = PUBLISHED["qwen2.5-vl-7b"]["revision"]
+    """Commit, tag or branch of this repository; a commit id pins the weights."""
+    path: str = ""
+    """Folder that holds the model's files already; then nothing is downloaded, nothing copied, no repository used."""
+
+
+class Policy(Section):
+    """The base policy."""
+
+    source: Literal["bundled", "cold_start", "hub"] = "bundled"
+    """The tiny Qwen2.5-VL of this repository, the same made again from scratch, or a model of the Hub."""
+    bundled: str = "models/tiny-qwen2.5-vl"
+    """Folder of the bundled model, relative to the repository."""
+    cold_start: ColdStart = ColdStart()
+    hub: PolicyHub = PolicyHub()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Numeric type of the weights in memory."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the policy runs."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """What computes attention: PyTorch's kernels, plain products, or the package flash-attn (cuda, 16 bits)."""
+    min_pixels: int | None = Field(784, ge=784)
+    """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token). Null, like max_pixels,
+    leaves the size to the model's own processor: for families that do not scale to an area."""
+    max_pixels: int | None = Field(7056, ge=784)
+    """An image with more pixels is scaled down to this area; the paper's run: 200704 = 256 visual tokens."""
+    image_processor: dict[str, Any] = {}
+    """Settings of the model's own image processor, in its words, such as {size: {longest_edge: 512}}; see
+    docs/other-models.md."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Policy":
+        if (self.min_pixels is None) != (self.max_pixels is None):
+            raise ValueError("min_pixels and max_pixels are numbers or null together")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels, {self.min_pixels}, is more than max_pixels, {self.max_pixels}")
+        if self.max_pixels and "size" in self.image_processor:
+            raise ValueError("image_processor.size needs min_pixels: null and max_pixels: null")
+        return self
+
+
+class Prompts(Section):
+    """What the policy is asked; `{image}` stands where an image is shown, `{prompt}` for the text prompt."""
+
+    pointwise: str = "{image} prompt: {prompt}. rate the image from 1 to 7."
+    """One image, to be rated 1 to 7."""
+    pairwise: str = "one: {image} two: {image} prompt: {prompt}. is two better, 1 or 0."
+    """Two images; the answer 1 means that the second one is preferred. Text must stand before each image."""
+
+    @field_validator("pointwise", "pairwise")
+    @classmethod
+    def _placeholders(cls, value: str, info: Any) -> str:
+        wanted = 1 if info.field_name == "pointwise" else 2
+        if value.count("{image}") != wanted or value.count("{prompt}") != 1:
+            raise ValueError(f"must contain {{image}} {wanted} time(s) and {{prompt}} once")
+        return value
+
+
+class PointwiseRewards(Section):
+    """Weights of the rewards for ratings (paper §4)."""
+
+    format: float = Field(1.0, ge=0)
+    """Thought and answer in their tags."""
+    exact: float = Field(1.0, ge=0)
+    """Answer equals the annotator's rating."""
+    approximate: float = Field(1.0, ge=0)
+    """1, 0.75, 0.5 for a distance of 0, 1, 2 from the annotator's rating, else 0."""
+
+
+class PairwiseRewards(Section):
+    """Weights of the rewards for pairs (paper §4)."""
+
+    format: float = Field(1.0, ge=0)
+    """Thought and answer in their tags."""
+    exact: float = Field(1.0, ge=0)
+    """Answer names the preferred image."""
+
+
+class Lora(Section):
+    """Low-rank adapter on the language model."""
+
+    rank: int = Field(16, ge=1)
+    """Rank."""
+    alpha: int = Field(32, ge=1)
+    """Scale; the update is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    """Regular expression of the adapted layers; it must not match the vision tower."""
+
+
+class TrainingVllm(Section):
+    """Generation by vLLM in training; see docs/vllm.md. Of effect with `generation` vllm_colocate or vllm_server."""
+
+    gpu_memory_utilization: float = Field(0.3, gt=0, lt=1)
+    """Colocate: share of the GPU's memory for vLLM, its copy of the weights included."""
+    max_model_len: int = Field(4096, ge=64)
+    """Colocate: longest question with its completion, in tokens; at most the model's context."""
+    server_url: str = "http://127.0.0.1:8000"
+    """Server: address of the running `vllm serve`."""
+
+
+class Training(Section):
+    """GRPO with LoRA (paper §2.2); docs/method.md says which key is which symbol of the paper."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Training items (states s) in one step. Many items, few completions each: so the tiny policy learns steadily."""
+    group_size: int = Field(4, ge=2)
+    """Completions sampled for each item, G."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Parts in which one step's completions pass through the model: less memory, same result but for rounding."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate, reached by linear warm-up."""
+    learning_rate_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
+    """After the warm-up: constant, or down to zero at the last step."""
+    warmup_steps: int = Field(10, ge=0)
+    """Steps of warm-up."""
+    max_grad_norm: float = Field(0.03, gt=0)
+    """Gradient clipping. The tiny policy's norm is about 0.015; a single step of 0.2 has wrecked a run of it."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of the rollouts in training."""
+    max_completion_tokens: int = Field(64, ge=8)
+    """Longest completion in training; a longer one is cut and earns no format reward."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    """How token losses are averaged; "grpo" is the mean over each completion, then over the group."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What divides the advantage: the group's standard deviation sigma (paper §2.2.1), the batch's, or nothing."""
+    importance_sampling_level: Literal["token", "sequence"] = "sequence"
+    """Ratio rho per completion (paper §2.2.2, length-normalised by TRL) or per token."""
+    epsilon: float = Field(0.2, gt=0)
+    """Clip of the ratio."""
+    beta: float = Field(0.01, ge=0)
+    """Weight of the KL penalty to the reference policy (the adapter switched off)."""
+    num_iterations: int = Field(1, ge=1)
+    """Updates on each batch of rollouts; with 1 the ratio is 1 and the clip idle."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory; for large models."""
+    generation: Literal["transformers", "trl", "vllm_colocate", "vllm_server"] = "transformers"
+    """What generates in training: the transformers engine of the rollouts, TRL's own loop (of fsdp always), vLLM on
+    the same GPU, or a vLLM server on others."""
+    share_prompts: bool = True
+    """Qwen2-VL and Qwen2.5-VL: compute each prompt and image once for its group in the passes over completions; TRL's
+    plain passes if false."""
+    # Left out of the canonical JSON at its default.
+    vllm: TrainingVllm = Field(TrainingVllm(), exclude_if=lambda vllm: vllm == TrainingVllm())
+    lora: Lora = Lora()
+    validate_every: int = Field(20, ge=1)
+    """Steps between validations and checkpoints; a multiple of num_iterations."""
+    validation_rollouts: int = Field(1, ge=1)
+    """Rollouts of each validation item."""
+    collapse_share: float = Field(0.9, gt=0, le=1)
+    """A policy that gives one answer in more than this share of its rollouts is reported as collapsed."""
+
+    @model_validator(mode="after")
+    def _cycles(self) -> "Training":
+        if self.validate_every % self.num_iterations:
+            raise ValueError("validate_every must be a multiple of num_iterations, or a resumed run differs")
+        if (self.prompts_per_step * self.group_size) % self.gradient_accumulation:
+            raise ValueError("gradient_accumulation must divide prompts_per_step * group_size")
+        return self
+
+
+class PointwiseTraining(Training):
+    """Training on ratings of single images (ImageReward)."""
+
+    steps: int = Field(100, ge=1)
+    """Optimizer steps."""
+    rewards: PointwiseRewards = PointwiseRewards()
+
+
+class PairwiseTraining(Training):
+    """Training on pairs of images (HPSv2)."""
+
+    steps: int = Field(80, ge=1)
+    """Optimizer steps."""
+    rewards: PairwiseRewards = PairwiseRewards()
+
+
+class OwnTraining(Training):
+    """Training on own data, by the protocol of datasets.own."""
+
+    steps: int = Field(100, ge=1)
+    """Optimizer steps."""
+    rewards: PointwiseRewards = PointwiseRewards()
+    """Weights; with the pairwise protocol there is no approximate reward."""
+
+
+class TrainingByTrack(Section):
+    """Training of each track."""
+
+    imagereward: PointwiseTraining = PointwiseTraining()
+    hpsv2: PairwiseTraining = PairwiseTraining()
+    own: OwnTraining = OwnTraining()
+
+
+class Distributed(Section):
+    """Several processes of one training, on one machine; see docs/cluster.md."""
+
+    processes: int = Field(1, ge=1)
+    """Processes of one training, each with a GPU of its own (or on CPU); they share a step's completions."""
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """What they hold: ddp each all of the model, fsdp a part of it; deepspeed shares gradients and optimizer only."""
+
+
+class Sampling(Section):
+    """How one rollout is sampled; the model's own generation_config is ignored."""
+
+    temperature: float = Field(1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus: keep the most probable tokens up to this mass."""
+    top_k: int = Field(0, ge=0)
+    """Keep that many most probable tokens; 0 keeps all."""
+    max_thinking_tokens: int = Field(64, ge=1)
+    """Budget of the thinking; where it ends without an answer, the engine closes it and reads the logits there."""
+    max_answer_tokens: int = Field(4, ge=2)
+    """Tokens allowed after `<answer>`, the closing tag included."""
+
+
+class RolloutsVllm(Section):
+    """The vLLM engine; of effect with `rollouts.engine: vllm`. See docs/vllm.md."""
+
+    gpu_memory_utilization: float = Field(0.9, gt=0, lt=1)
+    """Share of the GPU's memory for weights and KV cache."""
+    cpu_cache_gigabytes: int = Field(1, ge=1)
+    """KV cache on CPU."""
+    max_model_len: int = Field(4096, ge=64)
+    """Longest question with its completion, in tokens, where the model's context is not shorter. What does not fit is
+    left out with a warning."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that share one copy of the model."""
+    enforce_eager: bool = False
+    """Without CUDA graphs and compilation: slower, starts sooner. Always so on CPU."""
+
+
+class Rollouts(Section):
+    """Recording of rollouts on the test sets."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates; vllm needs an environment of its own (docs/vllm.md)."""
+    vllm: RolloutsVllm = RolloutsVllm()
+    sampling: Sampling = Sampling()
+    block_size: int = Field(3, ge=1)
+    """Rollouts of every item in one block; a block is one job and one file for each shard."""
+    blocks: int = Field(1, ge=1)
+    """Blocks to record: blocks x block_size rollouts of every item."""
+    shard_prompts: int = Field(1000, ge=1)
+    """Prompts in one shard, in hash order."""
+    batch_items: int = Field(64, ge=1)
+    """Items that one forward pass prefills together; with vLLM those that it is given together."""
+    both_orders: bool = False
+    """Pairwise: show every pair in both orders and average; twice the rollouts."""
+
+
+class Bootstrap(Section):
+    """Intervals by resampling prompts."""
+
+    resamples: int = Field(2000, ge=100)
+    """Bootstrap resamples."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Confidence level of the intervals."""
+    seed: int = Field(0, ge=0)
+    """Seed of the resampling."""
+
+
+class Scoring(Section):
+    """What is made of the recorded logits; rerunning it needs no model."""
+
+    report_k: list[int] = [1, 3]
+    """The k of Mean@k to report; each at most blocks x block_size."""
+    missing_answer: Literal["wrong", "neutral", "dropped"] = "wrong"
+    """An image without a valid sampled answer: its pairs are wrong, it gets the middle score, or its pairs drop out."""
+    bootstrap: Bootstrap = Bootstrap()
+
+    @field_validator("report_k")
+    @classmethod
+    def _ascending(cls, value: list[int]) -> list[int]:
+        if not value or min(value) < 1 or sorted(set(value)) != value:
+            raise ValueError("must be ascending whole numbers from 1, such as [1, 3]")
+        return value
+
+
+class Ranking(Section):
+    """Ranking of images that are no data set, with a trained policy (docs/ranking.md); nothing by default."""
+
+    images: str = ""
+    """What to rank: a CSV with the columns prompt and path (relative to the CSV), or a folder of images for one prompt.
+    Relative to the repository; empty: nothing."""
+    prompt: str = ""
+    """The prompt of a folder; a CSV has its own."""
+    track: Track = "imagereward"
+    """Training of the policy that ranks."""
+    seed: int = Field(0, ge=0)
+    """Seed of the training, and of the rollouts."""
+    k: int = Field(3, ge=1)
+    """Rollouts of each question, whose mean is the score."""
+    batch: int = Field(16, ge=1)
+    """Questions that pass through the model together."""
+    both_orders: bool = False
+    """Pairwise: show every pair in both orders and average; twice the rollouts."""
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> "Ranking":
+        if self.images and not self.images.endswith(".csv") and not self.prompt.strip():
+            raise ValueError("images is a folder, which needs a prompt; set prompt, or images to a CSV with prompts")
+        return self
+
+
+class CrossTest(Section):
+    """A policy trained on one data set and tested on another."""
+
+    track: Track
+    """Training set."""
+    test: Dataset
+    """Test set."""
+
+
+class Report(Section):
+    """What people look at beside the tables."""
+
+    gallery_prompts: int = Field(24, ge=1)
+    """Prompts in the gallery of a policy on a test set: the first ones in hash order, the same for every policy."""
+    traces: int = Field(12, ge=0)
+    """Images of a gallery whose reasoning is logged to MLflow as a trace; about 0.1 s each."""
+
+
+class Tracking(Section):
+    """MLflow; no key of this section reruns anything."""
+
+    enabled: bool = True
+    """Log every stage as a run."""
+    uri: str = "sqlite:///mlflow.db"
+    """Tracking store; the environment variable MLFLOW_TRACKING_URI wins."""
+    experiment: str = "softpref"
+    """Experiment name."""
+    artifact_megabytes: float = Field(20.0, ge=0)
+    """Larger outputs are logged by digest and path instead of a copy."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, value: str) -> str:
+        if has_password(value):
+            raise ValueError(
+                "a password does not belong into the configuration; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD in the environment, or for a database MLFLOW_TRACKING_URI"
+            )
+        return value
+
+
+class JobResources(Section):
+    """What one job of a rule asks of the machine."""
+
+    memory_gigabytes: float = Field(4.0, gt=0)
+    """Main memory, not the GPU's."""
+    minutes: int = Field(240, ge=1)
+    """Time limit."""
+
+
+class DownloadResources(JobResources):
+    """What a download asks of the machine."""
+
+    minutes: int = Field(1440, ge=1)
+    """Time limit."""
+
+
+class SmallResources(JobResources):
+    """What a job without a model or an image asks of the machine."""
+
+    memory_gigabytes: float = Field(2.0, gt=0)
+    """Main memory, not the GPU's."""
+    minutes: int = Field(60, ge=1)
+    """Time limit."""
+
+
+class Resources(Section):
+    """What a cluster reserves for one job; no key of this section reruns anything. GPUs follow from `policy.device`."""
+
+    download_dataset: DownloadResources = DownloadResources()
+    read_images: JobResources = JobResources()
+    cold_start_policy: JobResources = JobResources()
+    train_grpo: JobResources = JobResources()
+    generate_rollouts: JobResources = JobResources()
+    rank_own_images: JobResources = JobResources()
+    others: SmallResources = SmallResources()
+
+
+class Configuration(Section):
+    """Root of the configuration."""
+
+    results: str = "results"
+    """Folder of everything made; two configurations need two folders."""
+    downloads: str = "results/downloads"
+    """Folder of the raw data sets, shared by all configurations."""
+    seeds: list[int] = [0]
+    """Seeds of training and rollouts; with several, tables show each and the pooled result."""
+    tracks: list[Track] = ["imagereward", "hpsv2"]
+    """Training sets to run."""
+    cross_tests: list[CrossTest] = []
+    """Extra rows of table1.csv, such as [{track: hpsv2, test: imagereward}]."""
+    numeric_threads: int = Field(1, ge=1)
+    """Threads of one numeric job; part of every result, since float32 sums change with it."""
+    vllm_python: str = ".venv-vllm/bin/python"
+    """Interpreter of the environment with vLLM, for the stages that use it; relative to the repository. No rerun."""
+    datasets: Datasets = Datasets()
+    policy: Policy = Policy()
+    prompts: Prompts = Prompts()
+    training: TrainingByTrack = TrainingByTrack()
+    distributed: Distributed = Distributed()
+    rollouts: Rollouts = Rollouts()
+    scoring: Scoring = Scoring()
+    report: Report = Report()
+    ranking: Ranking = Ranking()
+    tracking: Tracking = Tracking()
+    resources: Resources = Resources()
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, value: list[int]) -> list[int]:
+        if not value or len(set(value)) != len(value) or min(value) < 0:
+            raise ValueError("must be one or more different whole numbers from 0")
+        return value
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> "Configuration":
+        policy = self.policy
+        if policy.attention == "flash_attention_2" and (policy.device == "cpu" or policy.dtype == "float32"):
+            raise ValueError(
+                "policy.attention flash_attention_2 needs device cuda and dtype bfloat16 or float16, not "
+                f"{policy.device} and {policy.dtype}; set it to sdpa"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Configuration":
+        recorded = self.rollouts.blocks * self.rollouts.block_size
+        if max(self.scoring.report_k) > recorded:
+            raise ValueError(
+                f"scoring.report_k asks for Mean@{max(self.scoring.report_k)} but rollouts.blocks x "
+                f"rollouts.block_size records {recorded}; record more blocks or report a smaller k"
+            )
+        if self.rollouts.engine == "vllm" and self.rollouts.sampling.temperature > 2:
+            raise ValueError(
+                f"rollouts.sampling.temperature {self.rollouts.sampling.temperature} is more than vLLM takes, 2; lower "
+                "it or set rollouts.engine to transformers"
+            )
+        processes, strategy = self.distributed.processes, self.distributed.strategy
+        if strategy != "ddp" and (self.policy.device == "cpu" or processes == 1):
+            raise ValueError(
+                f"distributed.strategy {strategy} needs policy.device cuda and distributed.processes of 2 or more: on "
+                "CPU, or in one process, accelerate would silently do without it; set it to ddp"
+            )
+        for track in self.tracks:
+            t: Training = getattr(self.training, track)
+            part = t.prompts_per_step * t.group_size // t.gradient_accumulation
+            if t.generation.startswith("vllm") and self.policy.device == "cpu":
+                raise ValueError(
+                    f"training.{track}.generation {t.generation} is for a GPU but policy.device is cpu; set it to "
+                    "transformers"
+                )
+            if part % processes:
+                raise ValueError(
+                    f"distributed.processes {processes} does not divide the {part} completions that "
+                    f"training.{track} passes through the model at once (prompts_per_step x group_size / "
+                    "gradient_accumulation)"
+                )
+        for cross in self.cross_tests:
+            if cross.track not in self.tracks or cross.test == cross.track:
+                raise ValueError(
+                    f"cross_tests: {cross.track} on {cross.test} needs a trained track and another test set"
+                )
+        return self
+
+
+class ConfigurationError(ValueError):
+    """A wrong key or value: names the key, the value, what is allowed and the nearest valid name."""
+
+
+def load(raw: Mapping[str, Any]) -> Configuration:
+    """Validate what Snakemake merged from config files and `--config`.
+
+    Raises:
+        ConfigurationError: one line for each wrong key or value.
+    """
+    try:
+        return Configuration.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigurationError(
+            "\n".join(["the configuration is not valid:"] + [f"  {_explain(e)}" for e in error.errors()])
+        ) from None
+
+
+def _explain(error: Any) -> str:
+    location = error["loc"]
+    key = ".".join(map(str, location))
+    if error["type"] == "extra_forbidden":
+        names = list(_section_at(location[:-1]).model_fields)
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(names)}"
+        return f"{key}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    near = []
+    if error["type"] == "literal_error":
+        choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        near = difflib.get_close_matches(str(error["input"]), choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{key}: {redacted(repr(error['input']))} is not allowed: {message}{hint}"
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[Section]:
+    section: type[Section] = Configuration
+    for name in location:
+        if isinstance(name, int):
+            continue
+        annotation = section.model_fields[name].annotation
+        inner = [annotation, *get_args(annotation)]
+        section = next(a for a in inner if isinstance(a, type) and issubclass(a, Section))
+    return section

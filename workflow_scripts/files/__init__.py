@@ -1,0 +1,1 @@
+"""Files and what is recorded of them: digests, atomic writing, redaction of secrets."""

@@ -1,0 +1,1 @@
+"""Faster passes through the model with the same results."""

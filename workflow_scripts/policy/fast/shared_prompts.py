@@ -1,0 +1,254 @@
+"""Passes through the model that compute equal things once: an image for all rows that show it, a prompt for its group.
+
+A batch of GRPO repeats every prompt `group_size` times, and the prompt is the longer part of most rows. Under causal
+attention equal prefixes of rows have equal states: they are computed once, and the rest of each row attends to them.
+In a batch of pairs the anchor's image is in several rows, and each step of GRPO passes over its images several times: a
+frozen vision tower's features are kept for the next pass. The head scores completions alone, not their prompts. Values
+and gradients are those of the plain pass, up to the order of sums.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLModel, Qwen2VLModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE
+
+
+def share_prompts(model: PreTrainedModel) -> None:
+    """Let a Qwen2-VL or Qwen2.5-VL share prompts; other families, whose images come in other ways, stay as they are."""
+    backbone: Any = model.base_model
+    if isinstance(backbone, Qwen2VLModel | Qwen2_5_VLModel):
+        backbone.__class__ = type(type(backbone).__name__, (SharedPrompts, type(backbone)), {})
+        if backbone.language_model.config._attn_implementation == "sdpa":
+            backbone.language_model.set_attn_implementation(PROMPT_ONCE)
+        patches = backbone.visual.patch_embed
+        patches.__class__ = type(type(patches).__name__, (PatchesByMatrix, type(patches)), {})
+        model.register_forward_pre_hook(from_first_label, with_kwargs=True)
+
+
+def from_first_label(
+    model: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hook before a pass: TRL's head is handed the positions from the first on that has a label in any row.
+
+    Without Triton it scores every position, the prompts' too, which have no labels: most of a pass, where the
+    vocabulary is large.
+    """
+    labels = options.get("labels")
+    if labels is None or not options.get("fused_lm_head"):
+        return None
+    labelled = (labels != -100).any(0).nonzero()
+    if not len(labelled) or not labelled[0]:
+        return None
+    first = int(labelled[0])
+    return args, options | {"labels": None, "shift_labels": labels[:, first:], "predicting_from": first}
+
+
+class PatchesByMatrix:
+    """Mixin for the vision tower's first layer: a convolution whose kernel is a whole patch is one product of matrices.
+
+    PyTorch's convolution in three dimensions is several times slower at it.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """States of patches, (patches, values of a patch) to (patches, width)."""
+        layer: Any = self
+        if type(layer.proj) is not torch.nn.Conv3d:  # adapted
+            return super().forward(hidden_states)  # type: ignore[misc]
+        kernel = layer.proj.weight.flatten(1)
+        return torch.nn.functional.linear(hidden_states.to(kernel.dtype), kernel, layer.proj.bias)
+
+
+class SharedPrompts:
+    """Mixin for the part of a vision-language model below its head, such as `Qwen2_5_VLModel`."""
+
+    _kept: tuple[Any, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+    """What the tower was, patches, grids and features: of the last images that it encoded while frozen."""
+
+    def forward(self, *inputs: Any, predicting_from: int | None = None, **options: Any) -> Any:
+        """The model's own pass, with what is equal computed once.
+
+        With `predicting_from` its last hidden state, (rows, tokens, width), has only the positions that predict the
+        tokens from that one on.
+        """
+        out = self._pass(*inputs, **options)
+        if predicting_from is not None:
+            out.last_hidden_state = out.last_hidden_state[:, predicting_from - 1 : -1]
+        return out
+
+    def _pass(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """The model's own pass, each image encoded once; over whole rows, without a cache, equal prefixes are shared.
+
+        `input_ids`, `attention_mask` and `mm_token_type_ids` are (rows, tokens), `image_grid_thw` is (images, 3), as
+        many for each row; `pixel_values` has the patches of all images one after the other.
+        """
+        model: Any = self
+        plain: Any = super().forward  # type: ignore[misc]
+        rows = {"input_ids": input_ids, "attention_mask": attention_mask, "mm_token_type_ids": mm_token_type_ids}
+        if (
+            input_ids is None
+            or attention_mask is None
+            or mm_token_type_ids is None
+            or pixel_values is None
+            or image_grid_thw is None
+            or len(image_grid_thw) % len(input_ids)
+        ):
+            return plain(**rows, pixel_values=pixel_values, image_grid_thw=image_grid_thw, **options)
+        pictures = pixel_values.split(image_grid_thw.prod(-1).tolist())
+        same = first_equal(pictures, image_grid_thw.tolist())
+        once = sorted(set(same))
+        encoded = self._encoded(torch.cat([pictures[i] for i in once]), image_grid_thw[once])
+        feature_of = dict(zip(once, encoded, strict=True))
+        images_of = np.asarray(same).reshape(len(input_ids), -1)
+        last_image = int(mm_token_type_ids.any(0).nonzero().max())
+        shared, first, group = shared_prefix(input_ids, attention_mask, images_of, last_image + 1)
+        checkpointing = model.training and model.is_activation_checkpointing  # which has no use of a cache
+        in_one = checkpointing or options.get("use_cache") is not False or options.get("position_ids") is not None
+        if in_one or len(first) == len(input_ids):
+            with _showing([feature_of[i] for i in same]):
+                return plain(**rows, pixel_values=pixel_values, image_grid_thw=image_grid_thw, **options)
+
+        of = torch.from_numpy(group).to(input_ids.device)
+        shown = np.arange(len(same)).reshape(images_of.shape)[first].ravel().tolist()
+        prefixes = {name: value[first, :shared] for name, value in rows.items() if value is not None}
+        positions, _ = model.get_rope_index(image_grid_thw=image_grid_thw[shown], **prefixes)
+        cache = DynamicCache(config=model.config)
+        options |= {"past_key_values": cache, "use_cache": True}
+        with _showing([feature_of[same[i]] for i in shown]):
+            # The patches are no longer looked at.
+            prompts = plain(
+                **prefixes,
+                **options | {"position_ids": positions},
+                pixel_values=pixel_values,
+                image_grid_thw=image_grid_thw[shown],
+            )
+        cache.batch_select_indices(of)
+        after = torch.arange(1, input_ids.shape[1] - shared + 1, device=input_ids.device)
+        rest = plain(
+            input_ids=input_ids[:, shared:],
+            attention_mask=attention_mask,
+            **options | {"position_ids": positions[..., -1:].index_select(-2, of) + after},
+        )
+        rest.last_hidden_state = torch.cat([prompts.last_hidden_state.index_select(0, of), rest.last_hidden_state], 1)
+        rest.past_key_values = None
+        return rest
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: Any = None, **options: Any) -> Any:
+        """The model's own, of (patches, values) and (images, 3); within `forward` of what was encoded there."""
+        features = SHOWN.get()
+        if features is None:
+            return super().get_image_features(pixel_values, image_grid_thw, **options)  # type: ignore[misc]
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+    def _encoded(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Features of each image, (merged patches, width); those kept, if all of the images are among the last.
+
+        `pixel_values` is (patches, values), `image_grid_thw` (images, 3).
+        """
+        model: Any = self
+        tower = frozen(model.visual, pixel_values)
+        kept = self._kept  # once: another thread may replace it
+        if tower is not None and kept is not None and kept[0] == tower:
+            _, patches, grids, features = kept
+            pictures = [
+                picture
+                for shown, grid in ((patches, grids), (pixel_values, image_grid_thw))
+                for picture in shown.split(grid.prod(-1).tolist())
+            ]
+            found = first_equal(pictures, [*grids.tolist(), *image_grid_thw.tolist()])[len(grids) :]
+            if max(found) < len(grids):
+                return tuple(features[i] for i in found)
+        self._kept = None  # first of all: two passes' images are never in memory together
+        plain: Any = super().get_image_features  # type: ignore[misc]
+        encoded = plain(pixel_values, image_grid_thw, return_dict=True).pooler_output
+        if tower is not None:
+            # Where gradient checkpointing makes the tower's inputs require gradients, none of them is used.
+            self._kept = tower, pixel_values, image_grid_thw, tuple(feature.detach() for feature in encoded)
+        return tuple(encoded)
+
+
+# Features of the images of a pass, where the model asks for them; of this thread alone.
+SHOWN: ContextVar[tuple[torch.Tensor, ...] | None] = ContextVar("SHOWN", default=None)
+
+
+@contextlib.contextmanager
+def _showing(features: list[torch.Tensor]) -> Iterator[None]:
+    token = SHOWN.set(tuple(features))
+    try:
+        yield
+    finally:
+        SHOWN.reset(token)
+
+
+def frozen(tower: torch.nn.Module, pixel_values: torch.Tensor) -> tuple[Any, ...] | None:
+    """What features of a frozen vision tower depend on beside the images; None of a tower that may not stay as it is.
+
+    An adapter in it changes its features without a trace in its weights, and of shards (FSDP) all processes have to
+    pass through it together, also those that have met their images before. Weights are told by where they are and by
+    PyTorch's count of the writes to them.
+    """
+    weights = list(tower.parameters())
+    if (
+        pixel_values.requires_grad
+        or torch.is_inference_mode_enabled()
+        or any(weight.requires_grad or type(weight) is not torch.nn.Parameter for weight in weights)
+        or any(isinstance(module, BaseTunerLayer) for module in tower.modules())
+    ):
+        return None
+    kind = pixel_values.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    states = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
+    return pixel_values.device, pixel_values.dtype, autocast, states
+
+
+def first_equal(pictures: Sequence[torch.Tensor], grids: list[list[int]]) -> list[int]:
+    """Index of the first of the images, (patches, values) each, that equals this one in pixels and in its grid."""
+    sums = torch.stack([picture.sum(dtype=torch.float32) for picture in pictures]).tolist()
+    seen: dict[tuple[float, tuple[int, ...]], list[int]] = {}
+    found = []
+    for i, (total, grid) in enumerate(zip(sums, grids, strict=True)):
+        alike = seen.setdefault((total, tuple(grid)), [])
+        equal = next((j for j in alike if torch.equal(pictures[j], pictures[i])), i)
+        if equal == i:
+            alike.append(i)
+        found.append(equal)
+    return found
+
+
+def shared_prefix(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, images_of: NDArray[np.intp], at_least: int
+) -> tuple[int, list[int], NDArray[np.intp]]:
+    """Length of prefix whose sharing spares most, the first row of each group that shares one, and each row's group.
+
+    Rows, (rows, tokens), share a prefix if its tokens, its mask and all their images, (rows, images of a row), are
+    equal. With a prefix of n tokens, g groups and r rows of t tokens, g n + r (t - n) tokens are computed instead of
+    r t. It has `at_least` so many tokens, and at least the last token is each row's own.
+    """
+    tokens = (2 * input_ids + attention_mask).cpu().numpy()
+    order = np.lexsort(np.concatenate([tokens.T[::-1], images_of.T[::-1]]))
+    tokens, images = tokens[order], images_of[order]
+    differ = np.concatenate([tokens[1:] != tokens[:-1], np.ones((len(tokens) - 1, 1), dtype=bool)], 1)
+    common = np.where((images[1:] == images[:-1]).all(1), differ.argmax(1), 0)  # tokens, of a row and the one before
+    lengths = np.arange(min(at_least, tokens.shape[1] - 1), tokens.shape[1])
+    groups = 1 + (common[:, None] < lengths).sum(0)
+    shared = int(lengths[(groups * lengths + len(tokens) * (tokens.shape[1] - lengths)).argmin()])
+    group = np.empty(len(tokens), dtype=np.intp)
+    group[order] = np.concatenate([[0], (common < shared).cumsum()])
+    first = np.unique(group, return_index=True)[1]
+    return shared, first.tolist(), group

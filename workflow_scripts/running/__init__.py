@@ -1,0 +1,1 @@
+"""What runs a stage: command line, provenance, code digest, locks, progress and GPUs."""

@@ -1,0 +1,86 @@
+"""Collect prompts of a test set for people to look at: their images, ranked by a policy and by humans, with thoughts.
+
+python -m workflow_scripts.stages.make_gallery results/rollouts/imagereward/grpo/seed0/imagereward/0000-*.parquet \
+    --scores results/scores/imagereward/grpo/seed0/imagereward.parquet \
+    --subset results/datasets/imagereward/test/subset.parquet \
+    --images results/datasets/imagereward/test/images-0000.parquet \
+    --output results/gallery/imagereward/grpo/seed0/imagereward.parquet --config '{"track": "imagereward", …}'
+
+The prompts are the first ones in the hash order of the test set: an unbiased sample, and the same for every policy.
+Some of them become traces of this run in MLflow.
+"""
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic_settings import CliPositionalArg
+
+from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.policy.prompts import ANSWERS
+from workflow_scripts.preferences.images import decoded
+from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
+from workflow_scripts.running.provenance import replacing
+from workflow_scripts.reporting.gallery import GALLERY, gallery_rows
+from workflow_scripts.rollouts.record import ROLLOUT
+from workflow_scripts.configuration.stages import MakeGallery
+from workflow_scripts.tracking.stage_run import run_stage
+
+
+class Arguments(StageArguments):
+    """Collect prompts of a test set for people to look at."""
+
+    rollouts: CliPositionalArg[list[Input]]
+    """Rollout files of the first shards: all blocks."""
+    scores: Input
+    """Scores of the same policy on the same test set."""
+    subset: Input
+    """Test prompts with their annotations, in hash order."""
+    images: list[Input]
+    """Images of the first shards."""
+    output: Output
+    """Gallery, one row for each prompt and image."""
+    config: MakeGallery
+    """Configuration of this stage as JSON."""
+
+
+def main() -> None:
+    """Run the stage."""
+    arguments = Arguments.parse()
+    config = arguments.config
+    with run_stage(arguments) as run:
+        subset = read_table(arguments.subset, SUBSET).to_pylist()
+        prompts = [row for row in subset if row["position"] < config.prompts]
+        wanted = {row["prompt_id"] for row in prompts}
+        rollouts = [
+            rollout
+            for path in arguments.rollouts
+            for rollout in read_table(path, ROLLOUT).to_pylist()
+            if rollout["prompt_id"] in wanted
+        ]
+        scores: dict[str, dict[str, list[float]]] = {}
+        table = pd.read_parquet(arguments.scores, columns=["prompt_id", "image_id", "k", "soft"]).sort_values("k")
+        table = table[table["prompt_id"].isin(wanted)]
+        for prompt, image, soft in zip(table["prompt_id"], table["image_id"], table["soft"], strict=True):
+            scores.setdefault(prompt, {}).setdefault(image, []).append(soft)
+        shown = {image for row in prompts for image in row["image_ids"]}
+        pictures = {
+            row["image_id"]: decoded(row["bytes"]) for row in read_images(arguments.images) if row["image_id"] in shown
+        }
+        origin = {"dataset": config.test, "track": config.track, "policy": config.policy, "seed": config.seed}
+        rows = [row | origin for row in gallery_rows(prompts, scores, rollouts, pictures, ANSWERS[config.protocol])]
+        with replacing(arguments.output) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, schema=GALLERY), temporary, compression="zstd")
+        judged = [row for row in rows if row["right"] is not None]
+        run.metrics(
+            {
+                "prompts": len({row["prompt_id"] for row in rows}),
+                "images": len(rows),
+                "right_share": sum(row["right"] for row in judged) / max(1, len(judged)),
+                "megabytes": arguments.output.stat().st_size / 1e6,
+            }
+        )
+        run.gallery_traces(rows, config.traces)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""MLflow: one run for each stage instance, and what its pages say."""

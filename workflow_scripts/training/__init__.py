@@ -1,0 +1,1 @@
+"""GRPO training: items, rewards, TRL's settings, the validating trainer and its checkpoints."""
