@@ -20,17 +20,18 @@ min_version("9.0")
 gc.freeze()  # what Snakemake has imported stays; searching it again and again, the last time at the end, takes a while
 sys.path.insert(0, str(workflow.basedir))
 
-from workflow_scripts.configuration import model as configurations
-from workflow_scripts.configuration import stages
+from workflow_scripts.configuration import jobs, stages, targets
+from workflow_scripts.configuration.model import load
 from workflow_scripts.running.locks import Lock
-from workflow_scripts.running.provenance import code_digest, stage_environment
+from workflow_scripts.running.code_digest import code_digest
+from workflow_scripts.running.environment import stage_environment
 from workflow_scripts.commands.verify import refuse_unrecorded
 
 
 configfile: os.path.join(workflow.basedir, "config.yaml")
 
 
-configuration = configurations.load(config)
+configuration = load(config)
 os.environ.update(stage_environment(configuration))
 RESULTS = configuration.results
 DOWNLOADS = configuration.downloads
@@ -80,10 +81,10 @@ rule all:
         f"{RESULTS}/comparisons.csv",
         f"{RESULTS}/sensitivity.csv",
         f"{RESULTS}/tables.md",
-        stages.gallery_files(configuration),
-        expand(f"{RESULTS}/figures/{{name}}.svg", name=stages.FIGURES),
+        targets.gallery_files(configuration),
+        expand(f"{RESULTS}/figures/{{name}}.svg", name=targets.FIGURES),
         f"{RESULTS}/report.html",
-        stages.ranking_files(configuration),
+        targets.ranking_files(configuration),
 
 
 include: "rules/datasets.smk"

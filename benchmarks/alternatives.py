@@ -24,12 +24,12 @@ from transformers import GenerationConfig
 from benchmarks.measuring import ROUNDS, contest, write_rows
 from benchmarks.rollouts import TRACKS, cases, engine
 from workflow_scripts.configuration.model import Sampling
+from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.loading import Policy, load_policy
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.rollouts.decoding import sample_completions
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.transformers_engine import generate
-from workflow_scripts.configuration.stages import ModelConfig
 
 ROLLOUTS = 3
 TOKENS = 24  # of a completion that a text question gets

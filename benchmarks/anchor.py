@@ -15,17 +15,17 @@ import numpy as np
 
 from benchmarks.measuring import cost, write_rows
 from workflow_scripts.configuration.model import Configuration, Sampling
+from workflow_scripts.configuration.stages import ModelConfig
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import load_policy
 from workflow_scripts.policy.prompts import ANSWERS
 from workflow_scripts.preferences.images import decoded, in_memory
 from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
-from workflow_scripts.running.provenance import ROOT
 from workflow_scripts.rollouts.items import Item, anchor_items, stable_random
 from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.scoring.bootstrap import accuracy_intervals
 from workflow_scripts.scoring.pair_accuracy import expected_answer
 from workflow_scripts.scoring.protocols import prompt_credit
-from workflow_scripts.configuration.stages import ModelConfig
 
 PROMPTS = 100
 

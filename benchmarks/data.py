@@ -36,12 +36,6 @@ from benchmarks.made_up import (
 )
 from benchmarks.measuring import ROUNDS, ProcessCost, cost, peak_megabytes, process_cost, replace_rows
 from workflow_scripts.configuration.model import Configuration, Dataset, load
-from workflow_scripts.preferences.archives import iter_images
-from workflow_scripts.preferences.images import decoded
-from workflow_scripts.preferences.schema import write_images
-from workflow_scripts.running.provenance import ROOT, code_digest, write_json
-from workflow_scripts.stages.read_images import stream_images
-from workflow_scripts.scoring.bootstrap import accuracy_intervals
 from workflow_scripts.configuration.stages import (
     MakeTables,
     MeasureAccuracy,
@@ -50,6 +44,14 @@ from workflow_scripts.configuration.stages import (
     SelectSubset,
     StageConfig,
 )
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.preferences.archives import iter_images
+from workflow_scripts.preferences.images import decoded
+from workflow_scripts.preferences.schema import write_images
+from workflow_scripts.running.code_digest import code_digest
+from workflow_scripts.scoring.bootstrap import accuracy_intervals
+from workflow_scripts.stages.read_images import stream_images
 
 Row = dict[str, Any]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"} | {
@@ -60,7 +62,14 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "MLF
 
 def run(stage: str, config: StageConfig, *words: Any, **files: Path) -> ProcessCost:
     """Cost of a stage by its command line, as a rule runs it."""
-    command = [sys.executable, "-m", f"workflow_scripts.{stage}", *map(str, words), "--config", config.canonical()]
+    command = [
+        sys.executable,
+        "-m",
+        f"workflow_scripts.stages.{stage}",
+        *map(str, words),
+        "--config",
+        config.canonical(),
+    ]
     command += [word for name, path in files.items() for word in (f"--{name}", str(path))]
     command += ["--code_digest", code_digest(stage)]
     return process_cost(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -68,7 +77,7 @@ def run(stage: str, config: StageConfig, *words: Any, **files: Path) -> ProcessC
 
 def start(stage: str) -> ProcessCost:
     """Cost of what a stage imports, its modules compiled before."""
-    command = [sys.executable, "-c", f"import workflow_scripts.{stage}"]
+    command = [sys.executable, "-c", f"import workflow_scripts.stages.{stage}"]
     process_cost(command, cwd=ROOT, env=ENVIRONMENT)
     return process_cost(command, cwd=ROOT, env=ENVIRONMENT)
 

@@ -21,8 +21,9 @@ import torch
 from benchmarks.data import credits
 from benchmarks.measuring import RESULTS, cost, write_rows
 from benchmarks.rollouts import ROLLOUTS, SCALES, Decoded, cases
-from workflow_scripts.configuration.model import Configuration, Sampling
 from workflow_scripts.commands.plan import plan, this_cpu
+from workflow_scripts.configuration.model import Configuration, Sampling
+from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.planning.architecture import Architecture
 from workflow_scripts.planning.costs import Assumptions, Gpu, Model, decoding_flops, decoding_seconds, product_seconds
 from workflow_scripts.planning.costs import Length as Completions
@@ -32,7 +33,6 @@ from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.scoring.bootstrap import accuracy_intervals
-from workflow_scripts.configuration.stages import ModelConfig
 
 IDEAL = Assumptions(flops_used=1, bandwidth_used=1, layer_milliseconds=0)
 MEASURED = 3  # runs of each work

@@ -27,10 +27,11 @@ from benchmarks.made_up import (
 )
 from benchmarks.measuring import ROUNDS, ProcessCost, replace_rows, write_rows
 from workflow_scripts.configuration.model import load
-from workflow_scripts.policy.manifest import model_files
-from workflow_scripts.running.provenance import ROOT, write_json
-from workflow_scripts.rollouts.items import anchor_items
 from workflow_scripts.configuration.stages import GenerateRollouts, ReadAnnotations, ReadImages, SelectSubset
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.policy.manifest import model_files
+from workflow_scripts.rollouts.items import anchor_items
 
 FACTORS = (1, 2, 4, 8)
 

@@ -25,9 +25,10 @@ from benchmarks.made_up import write_sidecar
 from benchmarks.measuring import ROUNDS, Cost, in_turn, replace_rows, summarised
 from benchmarks.rollouts import SCALES, write_larger_policy
 from workflow_scripts.configuration.model import Track, load
-from workflow_scripts.policy.manifest import model_files
-from workflow_scripts.running.provenance import ROOT, write_json
 from workflow_scripts.configuration.stages import TrainGrpo
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.policy.manifest import model_files
 
 TRACKS: tuple[Track, ...] = ("imagereward", "hpsv2")
 CONTESTANTS: dict[str, dict[str, Any]] = {

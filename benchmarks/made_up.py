@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
 from workflow_scripts.preferences.schema import SUBSET, write_preferences
 from workflow_scripts.preferences.synthetic_layouts import IMAGE_COUNTS, METADATA
-from workflow_scripts.running.provenance import described, sidecar_path, write_json
 from workflow_scripts.rollouts.items import anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import ROLLOUT
+from workflow_scripts.running.provenance import sidecar_path
 
 HPDV2_PROMPTS = 107_515  # x 6 = 645,090 pairs, x 4 = 430,060 images
 IMAGEREWARD_PROMPTS = 8_000  # x 6 = 48,000 images
@@ -98,7 +100,7 @@ def write_imagereward_annotations(folder: Path, prompts: int) -> Path:
 
 def write_record(folder: Path, absent: list[str] | None = None) -> Path:
     """Write dataset.json of the files of a folder with its sidecar; `absent` archives are named but do not exist."""
-    files = {path.name: described(path) for path in sorted(folder.iterdir())}
+    files = {path.name: file_record(path) for path in sorted(folder.iterdir())}
     record = folder / "dataset.json"
     write_json(
         record,
@@ -110,7 +112,7 @@ def write_record(folder: Path, absent: list[str] | None = None) -> Path:
 
 def write_sidecar(*outputs: Path, **more: Any) -> None:
     """Write the sidecar of files that a stage would have written."""
-    known = {"outputs": {path.name: described(path) for path in outputs}, "mlflow_run_id": None}
+    known = {"outputs": {path.name: file_record(path) for path in outputs}, "mlflow_run_id": None}
     write_json(sidecar_path(outputs[0]), known | more)
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.measuring import RESULTS, machine
-from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.files.paths import ROOT
 
 PAGE = ROOT / "docs/performance.md"
 PLOT = ROOT / "docs/images/performance.png"

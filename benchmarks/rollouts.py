@@ -30,16 +30,17 @@ from benchmarks.measuring import contest, replace_rows
 from tests.policy.qwen_vocabulary import processor as qwen_processor
 from workflow_scripts.configuration.model import Configuration, RolloutsVllm, Sampling, Track
 from workflow_scripts.configuration.model import Policy as PolicySettings
+from workflow_scripts.configuration.stages import ModelConfig
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.loading import Policy, as_policy, load_model, load_policy, load_processor
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages
 from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
-from workflow_scripts.running.provenance import ROOT, write_json
 from workflow_scripts.rollouts import transformers_engine
 from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
 from workflow_scripts.scoring.pair_accuracy import expected_answer
-from workflow_scripts.configuration.stages import ModelConfig
 
 TRACKS: tuple[Track, ...] = ("imagereward", "hpsv2")
 SIZES = ((84, 84), (112, 70), (70, 126), (168, 168), (60, 60))  # width and height of images, mixed

@@ -22,8 +22,8 @@ from typing import Any
 
 from benchmarks.measuring import ROUNDS, ProcessCost, in_turn, process_cost, write_rows
 from workflow_scripts.configuration.model import load
-from workflow_scripts.running.provenance import ROOT
 from workflow_scripts.configuration.stages import STAGES, SelectSubset
+from workflow_scripts.files.paths import ROOT
 
 OPTIONS = ["--cores", "all", "--configfile", "configs/test.yaml"]
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
@@ -33,7 +33,7 @@ import runpy, sys
 stage = sys.argv[1]
 sys.argv = [stage, "--help"]
 try:
-    runpy.run_module(f"workflow_scripts.{stage}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"workflow_scripts.stages.{stage}", run_name="__main__", alter_sys=True)
 finally:
     print("torch" in sys.modules, file=sys.stderr)
 """
@@ -51,7 +51,7 @@ def environment(code: Path, tracking: str = "") -> dict[str, str]:
 
 def help_of(stage: str) -> Callable[[Path], ProcessCost]:
     """Start-up of a stage."""
-    command = [sys.executable, "-m", f"workflow_scripts.{stage}", "--help"]
+    command = [sys.executable, "-m", f"workflow_scripts.stages.{stage}", "--help"]
     return lambda code: process_cost(command, cwd=code, env=environment(code), **QUIET)
 
 

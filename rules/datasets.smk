@@ -12,7 +12,7 @@ rule synthesize_dataset:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "synthesize_dataset"),
+        **jobs.job_resources(configuration, "synthesize_dataset"),
     params:
         config=lambda w: stages.SynthesizeDataset.of(
             configuration, w.dataset
@@ -33,7 +33,7 @@ rule download_dataset:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "download_dataset"),
+        **jobs.job_resources(configuration, "download_dataset"),
     params:
         config=lambda w: stages.DownloadDataset.of(configuration, w.dataset).canonical(),
         code=code_digest("download_dataset"),
@@ -45,7 +45,7 @@ rule download_dataset:
 # Only a record: the user's files stay where they are.
 rule record_own_data:
     input:
-        stages.own_files(configuration),
+        targets.own_files(configuration),
     output:
         record=f"{RESULTS}/datasets/own/dataset.json",
         provenance=f"{RESULTS}/datasets/own/dataset.json.provenance.json",
@@ -55,7 +55,7 @@ rule record_own_data:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "record_own_data"),
+        **jobs.job_resources(configuration, "record_own_data"),
     params:
         config=lambda w: stages.RecordOwnData.of(configuration).canonical(),
         code=code_digest("record_own_data"),
@@ -66,7 +66,7 @@ rule record_own_data:
 
 rule read_annotations:
     input:
-        record=lambda w: stages.dataset_record(configuration, w.dataset),
+        record=lambda w: targets.dataset_record(configuration, w.dataset),
     output:
         preferences=f"{RESULTS}/datasets/{{dataset}}/{{split}}/preferences.parquet",
         provenance=f"{RESULTS}/datasets/{{dataset}}/{{split}}/preferences.parquet.provenance.json",
@@ -76,7 +76,7 @@ rule read_annotations:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "read_annotations"),
+        **jobs.job_resources(configuration, "read_annotations"),
     params:
         config=lambda w: stages.ReadAnnotations.of(
             configuration, w.dataset, w.split
@@ -100,7 +100,7 @@ rule select_training_subset:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "select_training_subset"),
+        **jobs.job_resources(configuration, "select_training_subset"),
     params:
         config=lambda w: stages.SelectSubset.of(
             configuration, w.dataset, "train"
@@ -115,7 +115,7 @@ rule select_training_subset:
 rule select_validation_subset:
     input:
         preferences=lambda w: f"{RESULTS}/datasets/{w.dataset}/{stages.VALIDATION_FROM[w.dataset]}/preferences.parquet",
-        train=lambda w: stages.separate_training_preferences(configuration, w.dataset),
+        train=lambda w: targets.separate_training_preferences(configuration, w.dataset),
         test=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
     output:
         subset=f"{RESULTS}/datasets/{{dataset}}/validation/subset.parquet",
@@ -126,7 +126,7 @@ rule select_validation_subset:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "select_validation_subset"),
+        **jobs.job_resources(configuration, "select_validation_subset"),
     params:
         config=lambda w: stages.SelectSubset.of(
             configuration, w.dataset, "validation"
@@ -150,7 +150,7 @@ rule order_test_prompts:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "order_test_prompts"),
+        **jobs.job_resources(configuration, "order_test_prompts"),
     params:
         config=lambda w: stages.SelectSubset.of(
             configuration, w.dataset, "test"
@@ -163,7 +163,7 @@ rule order_test_prompts:
 
 rule read_images:
     input:
-        record=lambda w: stages.dataset_record(configuration, w.dataset),
+        record=lambda w: targets.dataset_record(configuration, w.dataset),
         subset=f"{RESULTS}/datasets/{{dataset}}/{{split}}/subset.parquet",
     output:
         images=f"{RESULTS}/datasets/{{dataset}}/{{split}}/images-{{shard}}.parquet",
@@ -177,7 +177,7 @@ rule read_images:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "read_images"),
+        **jobs.job_resources(configuration, "read_images"),
     params:
         config=lambda w: stages.ReadImages.of(
             configuration, w.dataset, w.split, int(w.shard)

@@ -13,7 +13,7 @@ rule cold_start_policy:
         "../envs/softpref.yaml"
     threads: configuration.numeric_threads
     resources:
-        **stages.job_resources(configuration, "cold_start_policy"),
+        **jobs.job_resources(configuration, "cold_start_policy"),
     params:
         config=lambda w: stages.ColdStartPolicy.of(configuration).canonical(),
         code=code_digest("cold_start_policy"),
@@ -29,7 +29,7 @@ rule prepare_base_policy:
             if configuration.policy.source == "cold_start"
             else []
         ),
-        bundled=stages.bundled_files(configuration),
+        bundled=targets.bundled_files(configuration),
     output:
         manifest=f"{RESULTS}/policies/base/manifest.json",
         provenance=f"{RESULTS}/policies/base/manifest.json.provenance.json",
@@ -38,7 +38,7 @@ rule prepare_base_policy:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "prepare_base_policy"),
+        **jobs.job_resources(configuration, "prepare_base_policy"),
     params:
         config=lambda w: stages.PrepareBasePolicy.of(configuration).canonical(),
         code=code_digest("prepare_base_policy"),

@@ -7,7 +7,7 @@ rule rank_own_images:
         adapter=rules.train_grpo.output.adapter.format(
             track=configuration.ranking.track, seed=configuration.ranking.seed
         ),
-        images=lambda w: stages.ranked_images(configuration),
+        images=lambda w: targets.ranked_images(configuration),
     output:
         table=f"{RESULTS}/ranking/ranking.csv",
         rows=f"{RESULTS}/ranking/ranking.jsonl",
@@ -21,12 +21,12 @@ rule rank_own_images:
         "../envs/softpref.yaml"
     threads: configuration.numeric_threads
     resources:
-        **stages.job_resources(configuration, "rank_own_images"),
+        **jobs.job_resources(configuration, "rank_own_images"),
     params:
         config=lambda w: stages.RankOwnImages.of(configuration).canonical(),
         code=code_digest("rank_own_images", "transformers"),
     shell:
-        f"{stages.launcher(configuration, 'rank_own_images')} -m workflow_scripts.stages.rank_own_images"
+        f"{jobs.launcher(configuration, 'rank_own_images')} -m workflow_scripts.stages.rank_own_images"
         " --base {input.base} --adapter {input.adapter}"
         " --table {output.table} --rows {output.rows} --page {output.page}"
         " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"

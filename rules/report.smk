@@ -5,14 +5,14 @@ rule make_gallery:
     input:
         rollouts=lambda w: expand(
             f"{RESULTS}/rollouts/{w.track}/{w.policy}/seed{w.seed}/{w.test}/{{shard:04d}}-{{block:04d}}.parquet",
-            shard=stages.gallery_shards(configuration, w.test),
+            shard=targets.gallery_shards(configuration, w.test),
             block=range(configuration.rollouts.blocks),
         ),
         scores=rules.score_rollouts.output.scores,
         subset=f"{RESULTS}/datasets/{{test}}/test/subset.parquet",
         images=lambda w: expand(
             f"{RESULTS}/datasets/{w.test}/test/images-{{shard:04d}}.parquet",
-            shard=stages.gallery_shards(configuration, w.test),
+            shard=targets.gallery_shards(configuration, w.test),
         ),
     output:
         gallery=f"{RESULTS}/gallery/{{track}}/{{policy}}/seed{{seed}}/{{test}}.parquet",
@@ -23,7 +23,7 @@ rule make_gallery:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "make_gallery"),
+        **jobs.job_resources(configuration, "make_gallery"),
     params:
         config=lambda w: stages.MakeGallery.of(
             configuration, w.track, w.policy, w.test, int(w.seed)
@@ -37,11 +37,11 @@ rule make_gallery:
 
 rule make_figures:
     input:
-        rollouts=stages.rollout_files(configuration),
-        scores=stages.score_files(configuration),
+        rollouts=targets.rollout_files(configuration),
+        scores=targets.score_files(configuration),
         subsets=expand(
             f"{RESULTS}/datasets/{{test}}/test/subset.parquet",
-            test=stages.test_sets(configuration),
+            test=targets.test_sets(configuration),
         ),
         adapters=expand(
             rules.train_grpo.output.adapter,
@@ -49,8 +49,8 @@ rule make_figures:
             seed=configuration.seeds,
         ),
     output:
-        tables=expand(f"{RESULTS}/figures/{{name}}.csv", name=stages.FIGURES),
-        images=expand(f"{RESULTS}/figures/{{name}}.png", name=stages.FIGURES),
+        tables=expand(f"{RESULTS}/figures/{{name}}.csv", name=targets.FIGURES),
+        images=expand(f"{RESULTS}/figures/{{name}}.png", name=targets.FIGURES),
         training_curves=report(
             f"{RESULTS}/figures/training_curves.svg",
             caption="../report/captions/training_curves.rst",
@@ -101,13 +101,13 @@ rule make_figures:
             caption="../report/captions/anchor_rank.rst",
             category="Figures",
         ),
-        provenance=f"{RESULTS}/figures/{stages.FIGURES[0]}.csv.provenance.json",
+        provenance=f"{RESULTS}/figures/{targets.FIGURES[0]}.csv.provenance.json",
     log:
         f"{RESULTS}/logs/make_figures.log",
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "make_figures"),
+        **jobs.job_resources(configuration, "make_figures"),
     params:
         config=lambda w: stages.MakeFigures.of(configuration).canonical(),
         code=code_digest("make_figures"),
@@ -130,7 +130,7 @@ rule make_report:
         ],
         figures=rules.make_figures.output.tables[0],
         drawings=[path for path in rules.make_figures.output if path.endswith(".svg")],
-        galleries=stages.gallery_files(configuration),
+        galleries=targets.gallery_files(configuration),
     output:
         page=report(
             f"{RESULTS}/report.html",
@@ -143,7 +143,7 @@ rule make_report:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "make_report"),
+        **jobs.job_resources(configuration, "make_report"),
     params:
         config=lambda w: stages.MakeReport.of(configuration).canonical(),
         code=code_digest("make_report"),

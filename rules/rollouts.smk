@@ -20,7 +20,7 @@ rule generate_rollouts:
         "../envs/softpref.yaml"
     threads: configuration.numeric_threads
     resources:
-        **stages.job_resources(configuration, "generate_rollouts"),
+        **jobs.job_resources(configuration, "generate_rollouts"),
     params:
         config=lambda w: stages.GenerateRollouts.of(
             configuration,
@@ -33,7 +33,7 @@ rule generate_rollouts:
         ).canonical(),
         code=code_digest("generate_rollouts", configuration.rollouts.engine),
     shell:
-        f"{stages.launcher(configuration, 'generate_rollouts')} -m workflow_scripts.stages.generate_rollouts"
+        f"{jobs.launcher(configuration, 'generate_rollouts')} -m workflow_scripts.stages.generate_rollouts"
         " --base {input.base}"
         " $(test -z '{input.adapter}' || echo --adapter {input.adapter})"
         " --subset {input.subset} --images {input.images} --output {output.rollouts}"

@@ -5,7 +5,7 @@ rule score_rollouts:
     input:
         rollouts=lambda w: expand(
             f"{RESULTS}/rollouts/{w.track}/{w.policy}/seed{w.seed}/{w.test}/{{shard:04d}}-{{block:04d}}.parquet",
-            shard=stages.shards(configuration, w.test),
+            shard=targets.shards(configuration, w.test),
             block=range(configuration.rollouts.blocks),
         ),
     output:
@@ -16,7 +16,7 @@ rule score_rollouts:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "score_rollouts"),
+        **jobs.job_resources(configuration, "score_rollouts"),
     params:
         config=lambda w: stages.ScoreRollouts.of(
             configuration, w.track, w.policy, w.test, int(w.seed)
@@ -31,7 +31,7 @@ rule measure_accuracy:
     input:
         scores=rules.score_rollouts.output.scores,
         subset=f"{RESULTS}/datasets/{{test}}/test/subset.parquet",
-        record=lambda w: stages.dataset_record(configuration, w.test),
+        record=lambda w: targets.dataset_record(configuration, w.test),
     output:
         accuracy=f"{RESULTS}/accuracy/{{track}}/{{policy}}/seed{{seed}}/{{test}}.json",
         prompts=f"{RESULTS}/accuracy/{{track}}/{{policy}}/seed{{seed}}/{{test}}-prompts.parquet",
@@ -41,7 +41,7 @@ rule measure_accuracy:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "measure_accuracy"),
+        **jobs.job_resources(configuration, "measure_accuracy"),
     params:
         config=lambda w: stages.MeasureAccuracy.of(
             configuration, w.track, w.policy, w.test, int(w.seed)

@@ -3,11 +3,11 @@
 
 rule make_tables:
     input:
-        accuracies=stages.accuracy_files(configuration),
+        accuracies=targets.accuracy_files(configuration),
         # Stops where .snakemake/ is lost and the results that are here are another configuration's; adds nothing.
         nothing=lambda w: refuse_unrecorded(
             configuration,
-            stages.accuracy_files(configuration),
+            targets.accuracy_files(configuration),
             lambda path: workflow.persistence.metadata(IOFile(path)) is not None,
         ),
         base=rules.prepare_base_policy.output.manifest,
@@ -44,7 +44,7 @@ rule make_tables:
     conda:
         "../envs/softpref.yaml"
     resources:
-        **stages.job_resources(configuration, "make_tables"),
+        **jobs.job_resources(configuration, "make_tables"),
     params:
         config=lambda w: stages.MakeTables.of(configuration).canonical(),
         code=code_digest("make_tables"),

@@ -22,14 +22,14 @@ rule train_grpo:
         "../envs/softpref.yaml"
     threads: configuration.numeric_threads * configuration.distributed.processes
     resources:
-        **stages.job_resources(configuration, "train_grpo"),
+        **jobs.job_resources(configuration, "train_grpo"),
     params:
         config=lambda w: stages.TrainGrpo.of(
             configuration, w.track, int(w.seed)
         ).canonical(),
         code=code_digest("train_grpo", "transformers"),
     shell:
-        f"{stages.launcher(configuration, 'train_grpo')} -m workflow_scripts.stages.train_grpo"
+        f"{jobs.launcher(configuration, 'train_grpo')} -m workflow_scripts.stages.train_grpo"
         " --base {input.base} --train {input.train}"
         " --train_images {input.train_images} --validation {input.validation}"
         " --validation_images {input.validation_images} --adapter {output.adapter}"

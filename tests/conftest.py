@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
 from workflow_scripts.preferences.synthetic_scenes import HUMAN, draw, sample_prompt, sample_scene
-from workflow_scripts.running.provenance import ROOT, described, sidecar_path, write_json
+from workflow_scripts.running.provenance import sidecar_path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the checkout
@@ -25,7 +28,7 @@ os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the che
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests that take longest, so that the processes of `pytest --numprocesses` end together."""
-    items.sort(key=lambda item: item.path.parent.name not in ("workflow", "engines"))
+    items.sort(key=lambda item: item.path.parent.name not in ("workflow", "external"))
 
 
 @pytest.hookimpl(optionalhook=True)  # the environment of vLLM has no pytest-xdist
@@ -59,8 +62,8 @@ def base_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def policies(base_manifest: Path) -> dict[str, Any]:
     """Return the bundled policy with the question of each track."""
     from workflow_scripts.configuration.model import Configuration
-    from workflow_scripts.policy.loading import load_policy
     from workflow_scripts.configuration.stages import ModelConfig
+    from workflow_scripts.policy.loading import load_policy
 
     return {
         track: load_policy(base_manifest, None, ModelConfig.of(Configuration(), track))  # type: ignore[arg-type]
@@ -75,8 +78,8 @@ def adapter(base_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     from peft import LoraConfig, get_peft_model
 
     from workflow_scripts.configuration.model import Configuration
-    from workflow_scripts.policy.loading import load_model
     from workflow_scripts.configuration.stages import ModelConfig
+    from workflow_scripts.policy.loading import load_model
 
     lora = Configuration().training.hpsv2.lora
     torch.manual_seed(0)
@@ -114,7 +117,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
             values = value if isinstance(value, list) else [value]
             words += [word for path in values for word in (f"--{name}", str(path))]
         monkeypatch.setattr(sys, "argv", [stage, *words, "--config", config.canonical()])
-        module = importlib.import_module(f"workflow_scripts.{stage}")
+        module = importlib.import_module(f"workflow_scripts.stages.{stage}")
         module.main()
         names = [n for n, f in module.Arguments.model_fields.items() if "output" in f.metadata]
         return json.loads(sidecar_path(Path(files[names[0]])).read_text())
@@ -127,7 +130,7 @@ def with_sidecar() -> Callable[..., Path]:
     """Return a function that gives hand-made files the sidecar that a stage would have written."""
 
     def write(output: Path, *others: Path, **record: Any) -> Path:
-        outputs = {path.name: described(path) for path in (output, *others)}
+        outputs = {path.name: file_record(path) for path in (output, *others)}
         defaults = {"config": {}, "inputs": {}, "outputs": outputs, "warnings": [], "mlflow_run_id": None}
         write_json(sidecar_path(output), defaults | record)
         return output

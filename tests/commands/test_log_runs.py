@@ -20,12 +20,13 @@ from typing import Any
 import mlflow
 import pytest
 
-from workflow_scripts.configuration.model import Configuration, load
-from workflow_scripts.running.locks import Lock
 from workflow_scripts.commands.log_runs import NotLoggedError, log_runs, producers, remind
-from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
-from workflow_scripts.running.provenance import ROOT, read_sidecar, sidecar_path, verify
+from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.configuration.stages import SelectSubset
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
+from workflow_scripts.running.locks import Lock
+from workflow_scripts.running.provenance import read_sidecar, sidecar_path, verify
 
 CONFIG = SelectSubset.of(Configuration(), "imagereward", "test")
 # A stage that reports something, waits for a line of its input, and reports again.

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from workflow_scripts.commands import rank as rank_images
-from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.ranking.judge import Judge
 from workflow_scripts.ranking.listing import ListingError, listed, listed_files, listed_table
 from workflow_scripts.ranking.ranked_files import Outputs, rank_files

@@ -16,7 +16,7 @@ import pytest
 
 from workflow_scripts.commands import summary
 from workflow_scripts.configuration.model import load
-from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.files.paths import ROOT
 
 TABLE1 = """training_data,test_data,against,seed,mean@1,mean@1_low,mean@1_high,mean@1_paper,ceiling
 ImageReward,ImageReward,labels,0,64.82,64.04,65.61,64.7,74.4

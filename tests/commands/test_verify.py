@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.commands.log_runs import recorded
-from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
-from workflow_scripts.configuration.stages import SelectSubset
 from workflow_scripts.commands.verify import main
+from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.stages import SelectSubset
+from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from workflow_scripts.configuration.model import (
     Track,
     load,
 )
+from workflow_scripts.files.digests import canonical_json
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.reference.configuration import generated_files
-from workflow_scripts.running.provenance import ROOT, canonical_json
 
 OVERLAYS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -339,7 +340,9 @@ def test_a_nested_key_on_the_command_line_reaches_the_job(tmp_path: Path) -> Non
         tmp_path, "--config", overrides, "--", "results/policies/imagereward/seed0/adapter_model.safetensors"
     )
     assert done.returncode == 0, done.stderr
-    (command,) = [line for line in (done.stdout + done.stderr).splitlines() if "workflow_scripts.stages.train_grpo" in line]
+    (command,) = [
+        line for line in (done.stdout + done.stderr).splitlines() if "workflow_scripts.stages.train_grpo" in line
+    ]
     config = json.loads(command.split("--config '")[1].split("' --code_digest")[0])
     expected = load({"training": {"imagereward": {"learning_rate": 1e-5, "lora": {"rank": 4}}}})
     assert config == json.loads(stages.TrainGrpo.of(expected, "imagereward", 0).canonical())

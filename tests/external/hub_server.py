@@ -30,9 +30,9 @@ import yaml
 from snakemake.utils import update_config
 
 from workflow_scripts.configuration.model import Datasets, load
-from workflow_scripts.preferences.synthetic_layouts import write_hpdv2, write_imagereward
-from workflow_scripts.running.provenance import ROOT
 from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.preferences.synthetic_layouts import write_hpdv2, write_imagereward
 
 Kind = Literal["datasets", "models"]
 # cut: half of what is asked for, then the connection breaks. stall: half, then nothing for long. corrupt: other bytes

@@ -19,12 +19,12 @@ from hub_server import Hub, Repository, published_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from workflow_scripts.preferences import hub as hub_module
 from workflow_scripts.configuration.model import load
-from workflow_scripts.stages.download_dataset import needed_files
-from workflow_scripts.running.provenance import ROOT
 from workflow_scripts.configuration.published import PUBLISHED, differences
 from workflow_scripts.configuration.stages import DownloadDataset, PrepareBasePolicy
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.preferences import hub as hub_module
+from workflow_scripts.stages.download_dataset import needed_files
 
 CHUNK = 10 * 2**20  # what the client writes at once
 LARGE = random.Random("a large file").randbytes(2 * CHUNK + CHUNK // 2)
@@ -419,7 +419,7 @@ def stage(published: Hub, tmp_path: Path) -> Stage:
     """Return a function that runs a stage in a process of its own."""
 
     def run(name: str, config: Any, **files: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", f"workflow_scripts.{name}", "--config", config.canonical()]
+        command = [sys.executable, "-m", f"workflow_scripts.stages.{name}", "--config", config.canonical()]
         command += [word for key, path in files.items() for word in (f"--{key}", str(path))]
         environment = os.environ | {"HF_ENDPOINT": published.url, "HF_HOME": str(tmp_path / "home")}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from hub_server import Hub, published_hub
 
-from workflow_scripts.running.provenance import ROOT
 from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.files.paths import ROOT
 
 SPLITS = [("imagereward", "test"), ("hpsv2", "validation")]  # of HPDv2 that reads both json files and train.tar.gz
 SYNTHETIC = {"datasets": {name: {"source": "synthetic"} for name in ("imagereward", "hpsv2")}}

@@ -16,11 +16,13 @@ import psutil
 import pytest
 import torch
 
+from workflow_scripts.configuration.jobs import gpus, launcher
 from workflow_scripts.configuration.model import ConfigurationError, load
-from workflow_scripts.running.locks import Lock
+from workflow_scripts.configuration.stages import TrainGrpo
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.prompts import RATINGS
-from workflow_scripts.running.provenance import ROOT, verify
-from workflow_scripts.configuration.stages import TrainGrpo, gpus, launcher
+from workflow_scripts.running.locks import Lock
+from workflow_scripts.running.provenance import verify
 from workflow_scripts.stages.train_grpo import grpo_config, last_complete_checkpoint
 
 TWO = {"distributed": {"processes": 2}}
@@ -46,7 +48,13 @@ def stage(
     files = inputs | {"adapter": folder / "adapter_model.safetensors", "adapter_config": folder / "adapter_config.json"}
     files |= {"record": folder / "training.json", "checkpoints": folder / "checkpoints"}
     start = shlex.split(launcher(c, "train_grpo")) if launched else ["python"]
-    command = [*start, "-m", "workflow_scripts.stages.train_grpo", "--config", TrainGrpo.of(c, "imagereward", 0).canonical()]
+    command = [
+        *start,
+        "-m",
+        "workflow_scripts.stages.train_grpo",
+        "--config",
+        TrainGrpo.of(c, "imagereward", 0).canonical(),
+    ]
     return command + [word for name, path in files.items() for word in (f"--{name}", str(path))]
 
 

@@ -19,7 +19,8 @@ import pytest
 import yaml
 from checkout import Workflow, environment
 
-from workflow_scripts.running.provenance import ROOT, verify
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.running.provenance import verify
 
 NODE = Path(__file__).with_name("slurm_node.sh")
 TABLES = ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md")
@@ -146,7 +147,7 @@ def test_jobs_get_the_gpus_and_the_memory_that_the_configuration_says(slurm: Pat
 import sys
 sys.path.insert(0, "{ROOT}")
 from workflow_scripts.configuration.model import load
-from workflow_scripts.configuration.stages import job_resources, launcher
+from workflow_scripts.configuration.jobs import job_resources, launcher
 
 c = load({{
     "policy": {{"device": "cuda"}}, "resources": {{"generate_rollouts": {{"memory_gigabytes": 1.5, "minutes": 7}}}}

@@ -15,6 +15,7 @@ from PIL import Image
 pytest.importorskip("vllm", reason="vLLM is not in this environment; make test-vllm runs these in its own")
 
 from workflow_scripts.configuration.model import Configuration, RolloutsVllm, Sampling
+from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.loading import load_policy
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import messages
@@ -25,7 +26,6 @@ from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.decoding import warpers_of
 from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import ROLLOUT, write_rollouts
-from workflow_scripts.configuration.stages import ModelConfig
 
 HURRIED = Sampling(max_thinking_tokens=3)
 GREEDY = Sampling(temperature=0)

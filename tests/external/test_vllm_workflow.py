@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.workflow.checkout import Workflow
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.prompts import RATINGS, well_formed
 from workflow_scripts.preferences.schema import read_table
-from workflow_scripts.running.provenance import ROOT, verify_chain
 from workflow_scripts.rollouts.record import ROLLOUT
+from workflow_scripts.running.provenance import verify_chain
 
 PYTHON = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin/python"
 ROLLOUTS = "rollouts/imagereward/zeroshot/seed0/imagereward"

@@ -18,10 +18,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from workflow_scripts.configuration.model import Configuration, ConfigurationError, load
-from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
-from workflow_scripts.running.provenance import ROOT, verify
-from workflow_scripts.files.redaction import HIDDEN, redacted
 from workflow_scripts.configuration.stages import SelectSubset
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.redaction import HIDDEN, redacted
+from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
+from workflow_scripts.running.provenance import verify
 
 MARK = "planted-secret-"
 NOWHERE = "127.0.0.1:9"

@@ -17,12 +17,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from trl.trainer.utils import add_fused_lm_head
 
-from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.commands.plan import FACTS
+from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.planning.architecture import Architecture, Image, PlanError
 from workflow_scripts.policy.fast.shared_prompts import share_prompts
-from workflow_scripts.running.provenance import ROOT
-from workflow_scripts.configuration.published import PUBLISHED
 
 TARGETS = Configuration().training.imagereward.lora.target_modules
 RANK = 4

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from workflow_scripts.configuration.model import ConfigurationError
 from workflow_scripts.commands.plan import FACTS, Plan, Stage, completion_length, configured, data_sheet, plan, report
+from workflow_scripts.configuration.model import ConfigurationError
+from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.planning.architecture import PlanError
 from workflow_scripts.planning.costs import GIGABYTE, Assumptions, Length, decoding_seconds
 from workflow_scripts.planning.workload import published_totals
-from workflow_scripts.running.provenance import ROOT
-from workflow_scripts.configuration.published import PUBLISHED
 
 PAPER, PAPER_3B = ROOT / "configs/paper.yaml", ROOT / "configs/paper-3b.yaml"
 

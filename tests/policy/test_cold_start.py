@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from workflow_scripts.stages import cold_start_policy
 from workflow_scripts.configuration.model import load
+from workflow_scripts.configuration.stages import ColdStartPolicy
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy import cold_start
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS, sampled_answer, well_formed
 from workflow_scripts.policy.tiny_qwen import TAGS, build_model
 from workflow_scripts.preferences.synthetic_scenes import draw, held_out
-from workflow_scripts.running.provenance import ROOT
-from workflow_scripts.configuration.stages import ColdStartPolicy
+from workflow_scripts.stages import cold_start_policy
 
 SHORT = {"caption_steps": 3, "trace_steps": 2, "batch": 2}
 TEMPLATES = {"pointwise": "{image} prompt: {prompt}. rate.", "pairwise": "one: {image} two: {image} prompt: {prompt}."}

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.stages import ModelConfig
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import answer_token_ids, load_model, load_policy, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path, model_files
 from workflow_scripts.policy.prompts import ANSWERS, messages
 from workflow_scripts.policy.tiny_qwen import TAGS
-from workflow_scripts.running.provenance import ROOT
-from workflow_scripts.configuration.stages import ModelConfig
 
 POINTWISE = ModelConfig.of(Configuration(), "imagereward")
 PAIRWISE = ModelConfig.of(Configuration(), "hpsv2")

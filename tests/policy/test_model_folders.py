@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from workflow_scripts.configuration.model import Configuration, load
+from workflow_scripts.configuration.stages import ModelConfig, PrepareBasePolicy
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import load_model, load_policy, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path, model_files
-from workflow_scripts.running.provenance import ROOT
-from workflow_scripts.configuration.stages import ModelConfig, PrepareBasePolicy
 
 BUNDLED = ROOT / "models/tiny-qwen2.5-vl"
 PAIRWISE = ModelConfig.of(Configuration(), "hpsv2")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from tiny_families import FAMILIES, SETTINGS, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workflow_scripts.stages import train_grpo
 from workflow_scripts.configuration.model import Configuration, ConfigurationError, load
+from workflow_scripts.configuration.stages import GenerateRollouts, ModelConfig, PrepareBasePolicy, TrainGrpo
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import (
     answer_token_ids,
     as_policy,
@@ -29,11 +30,10 @@ from workflow_scripts.policy.manifest import PolicyError, base_path, model_files
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, read_table, write_images, write_preferences
-from workflow_scripts.running.provenance import ROOT
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.record import ROLLOUT
-from workflow_scripts.configuration.stages import GenerateRollouts, ModelConfig, PrepareBasePolicy, TrainGrpo
+from workflow_scripts.stages import train_grpo
 
 TRACKS = ["imagereward", "hpsv2"]
 LAYERS = r".*{}.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -16,18 +16,18 @@ from PIL import Image
 from qwen_vocabulary import SPECIAL_TOKENS, processor
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.commands.plan import FACTS, configured, estimated_tokens
+from workflow_scripts.configuration.model import Configuration, load
+from workflow_scripts.configuration.stages import ModelConfig, TrainGrpo
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.planning.architecture import Architecture
 from workflow_scripts.policy.loading import as_policy
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, PREFERENCES, RATINGS, messages
 from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
-from workflow_scripts.running.provenance import ROOT
 from workflow_scripts.rollouts.items import pointwise_items
 from workflow_scripts.rollouts.transformers_engine import generate
-from workflow_scripts.configuration.stages import ModelConfig, TrainGrpo
 
 PAPER = configured([ROOT / "configs/paper.yaml"], [])
 PROMPTS = ["", "a cat", "A valley filled with red flowers with smoke flowing around - digital art by Studio Ghibli."]

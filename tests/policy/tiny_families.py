@@ -29,8 +29,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.tiny_qwen import CHAT_TEMPLATE
-from workflow_scripts.running.provenance import ROOT
 
 SMOLVLM_CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"

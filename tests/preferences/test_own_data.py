@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from workflow_scripts.configuration.model import load
+from workflow_scripts.configuration.stages import ReadAnnotations, ReadImages, RecordOwnData
+from workflow_scripts.files.records import ProvenanceError
 from workflow_scripts.preferences.own_data import SPLITS, drawn_split, image_files, read_preferences
 from workflow_scripts.preferences.schema import (
     IMAGES,
@@ -29,8 +31,6 @@ from workflow_scripts.preferences.schema import (
     read_table,
     write_preferences,
 )
-from workflow_scripts.running.provenance import ProvenanceError
-from workflow_scripts.configuration.stages import ReadAnnotations, ReadImages, RecordOwnData
 
 DRAWN = {"seed": 0, "validation_fraction": 0.2, "test_fraction": 0.3}
 FILES = ("a.png", "b.png", "more/a.png", "more/c%2F.png", "übung 1.png")
@@ -374,11 +374,13 @@ def test_the_canonical_format_with_files_and_archives(run_main: Any, tmp_path: P
 
 def read_images(run_main: Any, dataset: Path, rows: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
     """Run read_images for these rows."""
-    from workflow_scripts.running.provenance import described, sidecar_path, write_json
+    from workflow_scripts.files.records import file_record
+    from workflow_scripts.files.writing import write_json
+    from workflow_scripts.running.provenance import sidecar_path
 
     subset = output / "subset.parquet"
     write_preferences(subset, [row | {"position": i} for i, row in enumerate(rows)], SUBSET)
-    sidecar = {"config": {}, "inputs": {}, "outputs": {subset.name: described(subset)}, "warnings": []}
+    sidecar = {"config": {}, "inputs": {}, "outputs": {subset.name: file_record(subset)}, "warnings": []}
     write_json(sidecar_path(subset), sidecar | {"mlflow_run_id": None})
     config = ReadImages(dataset="own", split="test", shard=0, start=0, stop=None)
     files = {"output": output / "images.parquet", "listing": output / "images.json"}

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from workflow_scripts.configuration.model import Configuration, Track
-from workflow_scripts.running.provenance import described, sidecar_path, write_json
-from workflow_scripts.ranking.judge import Judge
 from workflow_scripts.configuration.stages import TrainGrpo
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.ranking.judge import Judge
+from workflow_scripts.running.provenance import sidecar_path
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +24,7 @@ def policy_folders(adapter: Path, base_manifest: Path, tmp_path_factory: pytest.
     common = {"inputs": {}, "warnings": [], "metrics": {}, "upstream_runs": [], "mlflow_run_id": None}
     common |= {"git_commit": None, "code_digest": "c", "seconds": 1.0, "peak_memory_megabytes": 1, "versions": {}}
     common |= {"started": "2025-01-01T00:00:00.000+00:00", "log": None}
-    outputs = {manifest.name: described(manifest)}
+    outputs = {manifest.name: file_record(manifest)}
     base = common | {"stage": "prepare_base_policy", "stage_key": "base", "config": {}, "outputs": outputs}
     write_json(sidecar_path(manifest), base)
     tracks: list[Track] = ["imagereward", "hpsv2"]
@@ -33,8 +35,8 @@ def policy_folders(adapter: Path, base_manifest: Path, tmp_path_factory: pytest.
         write_json(files[2], {"history": []})
         record = common | {"stage": "train_grpo", "stage_key": f"key of {track}"}
         record["config"] = TrainGrpo.of(Configuration(), track, 0).model_dump(mode="json")
-        record["inputs"] = {str(manifest): described(manifest)["sha256"]}
-        record["outputs"] = {path.name: described(path) for path in files}
+        record["inputs"] = {str(manifest): file_record(manifest)["sha256"]}
+        record["outputs"] = {path.name: file_record(path) for path in files}
         write_json(sidecar_path(files[0]), record)
     return policies
 

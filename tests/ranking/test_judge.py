@@ -15,12 +15,14 @@ import pytest
 from PIL import Image
 
 from workflow_scripts.configuration.model import Sampling
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.records import ProvenanceError
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.preferences.images import UnreadableImageError, decoded, in_memory
-from workflow_scripts.running.provenance import ROOT, ProvenanceError, sidecar_path
 from workflow_scripts.ranking.judge import Judge, JudgeError, as_shown, ranks_of
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.transformers_engine import generate
+from workflow_scripts.running.provenance import sidecar_path
 
 Scenes = list[tuple[str, dict[str, Image.Image]]]
 GREEDY = Sampling(temperature=0, top_p=1, top_k=0, max_thinking_tokens=64, max_answer_tokens=4)

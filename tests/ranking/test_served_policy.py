@@ -20,11 +20,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.commands.log_runs import log_runs
-from workflow_scripts.running.provenance import read_sidecar, stage_environment, write_json
-from workflow_scripts.ranking.judge import Judge
 from workflow_scripts.commands.register import ADAPTER, RECORD, at_the_end, needs_registration, register, register_all
+from workflow_scripts.configuration.model import Configuration, load
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.ranking.judge import Judge
+from workflow_scripts.running.environment import stage_environment
+from workflow_scripts.running.provenance import read_sidecar
 
 pytestmark = pytest.mark.slow
 Scenes = list[tuple[str, dict[str, Image.Image]]]

@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from workflow_scripts.stages import make_report
 from workflow_scripts.configuration.model import Configuration
-from workflow_scripts.stages.make_figures import FIGURES
-from workflow_scripts.stages.make_report import Arguments, content
+from workflow_scripts.configuration.stages import MakeReport
+from workflow_scripts.configuration.targets import FIGURES as CONFIGURED
 from workflow_scripts.reporting import drawing
 from workflow_scripts.reporting.gallery import GALLERY
 from workflow_scripts.reporting.page import render
-from workflow_scripts.configuration.stages import FIGURES as CONFIGURED
-from workflow_scripts.configuration.stages import MakeReport
+from workflow_scripts.stages import make_report
+from workflow_scripts.stages.make_figures import FIGURES
+from workflow_scripts.stages.make_report import Arguments, content
 
 ATTACK = '<script>document.title = "taken"</script><img src="https://example.org/x" onerror="document.title=1">"\'&'
 CHROMIUM = shutil.which("chromium")

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from workflow_scripts.configuration.model import Configuration, Sampling
+from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.loading import as_policy, load_model, load_policy
 from workflow_scripts.policy.prompts import messages, sampled_answer
 from workflow_scripts.preferences.images import in_memory
@@ -19,7 +20,6 @@ from workflow_scripts.preferences.schema import read_table
 from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import ROLLOUT, write_rollouts
 from workflow_scripts.rollouts.transformers_engine import generate
-from workflow_scripts.configuration.stages import ModelConfig
 
 TRACKS = ["imagereward", "hpsv2"]
 GREEDY = Sampling(temperature=0)

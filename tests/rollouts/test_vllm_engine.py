@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from workflow_scripts.configuration.model import Configuration, RolloutsVllm, Sampling
+from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.vllm_engine import VllmModel, generate, load_into_vllm
-from workflow_scripts.configuration.stages import ModelConfig
 
 PIECES = ["<end>", "question", "<think>", "a", "b", "</think>", "<", "answer", ">", ">b", " ", "1", "2", "</answer>"]
 END, QUESTION = 0, 1

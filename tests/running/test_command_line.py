@@ -15,14 +15,15 @@ import pytest
 from pydantic_settings import CliPositionalArg
 
 from workflow_scripts.configuration import stages
-from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.configuration.model import Configuration, Section
-from workflow_scripts.running.provenance import ROOT, module_closure
 from workflow_scripts.configuration.stages import SelectSubset
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.running.code_digest import module_closure
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 
 STAGES = sorted(
     path.stem
-    for path in (ROOT / "workflow_scripts").glob("*.py")
+    for path in (ROOT / "workflow_scripts" / "stages").glob("*.py")
     if "class Arguments(StageArguments)" in path.read_text(encoding="utf-8")
 )
 
@@ -105,7 +106,7 @@ def test_variables_of_the_environment_are_not_read(monkeypatch: pytest.MonkeyPat
 
 def arguments_of(stage: str) -> type[StageArguments]:
     """Arguments class of a stage."""
-    return importlib.import_module(f"workflow_scripts.{stage}").Arguments
+    return importlib.import_module(f"workflow_scripts.stages.{stage}").Arguments
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -118,10 +119,10 @@ def test_every_stage_explains_itself(stage: str, capsys: pytest.CaptureFixture[s
         assert name in said.lower() and field.description, name
         assert " ".join(field.description.split())[:30] in said
     example = said[said.index("example: ") :].removeprefix("example: ").split("The workflow passes")[0]
-    assert example.startswith(f"python -m workflow_scripts.{stage} ")
+    assert example.startswith(f"python -m workflow_scripts.stages.{stage} ")
     options = re.findall(r" --([a-z_0-9]+)", example.split(" torchrun ")[0])
     assert "config" in options and set(options) <= set(arguments_of(stage).model_fields)
-    assert f"usage: python -m workflow_scripts.{stage} [-h]" in said and "(default: null)" in said
+    assert f"usage: python -m workflow_scripts.stages.{stage} [-h]" in said and "(default: null)" in said
     assert "docs/configuration.md" in said and "Exit status: 0 done" in said
 
 
@@ -243,7 +244,9 @@ def test_what_a_stage_raises_is_an_error_of_the_project() -> None:
         if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
     }
     assert len(own) > 8
-    paths = {path for stage in STAGES for path in module_closure(f"workflow_scripts.{stage}", "transformers").values()}
+    paths = {
+        path for stage in STAGES for path in module_closure(f"workflow_scripts.stages.{stage}", "transformers").values()
+    }
     others = {
         path.name: names for path in paths if (names := set(raised(ast.parse(path.read_text(encoding="utf-8")))) - own)
     }

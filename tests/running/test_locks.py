@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from workflow_scripts.configuration.model import Configuration
-from workflow_scripts.running.locks import LockedError
-from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
-from workflow_scripts.running.provenance import ROOT, verify
 from workflow_scripts.configuration.stages import SelectSubset
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
+from workflow_scripts.running.locks import LockedError
+from workflow_scripts.running.provenance import verify
 
 CONFIG = SelectSubset.of(Configuration(), "imagereward", "test")
 HOLDING = """

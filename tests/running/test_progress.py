@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.files.paths import ROOT
 
 WORK = """
 import sys

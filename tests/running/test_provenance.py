@@ -14,24 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workflow_scripts.files.digests import canonical_json
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.records import ProvenanceError, check_file, checked_raw_file, file_record
+from workflow_scripts.files.writing import replacing, write_json
 from workflow_scripts.running import provenance
-from workflow_scripts.running.provenance import (
-    ROOT,
-    WITHOUT_EFFECT,
-    ProvenanceError,
-    canonical_json,
-    check_file,
-    checked_raw_file,
-    code_digest,
-    described,
-    module_closure,
-    read_sidecar,
-    replacing,
-    sidecar_path,
-    stage_key,
-    verify,
-    write_json,
-)
+from workflow_scripts.running.code_digest import WITHOUT_EFFECT, code_digest, module_closure
+from workflow_scripts.running.provenance import read_sidecar, sidecar_path, stage_key, verify
 
 PACKAGE = ROOT / "workflow_scripts"
 STAGES = sorted(
@@ -186,7 +175,9 @@ def test_only_the_selected_engine_counts(package: Path) -> None:
     stage = package / "generate_rollouts.py"
     text = stage.read_text(encoding="utf-8")
     stage.write_text(text + "\n\ndef other():\n    import workflow_scripts.rollouts.other_engine\n", encoding="utf-8")
-    closure = {e: short(module_closure("workflow_scripts.stages.generate_rollouts", e)) for e in ("transformers", "other")}
+    closure = {
+        e: short(module_closure("workflow_scripts.stages.generate_rollouts", e)) for e in ("transformers", "other")
+    }
     engines = {e: {name for name in closure[e] if name.endswith("_engine")} for e in closure}
     assert engines == {"transformers": {"rollouts.transformers_engine"}, "other": {"rollouts.other_engine"}}
     before = digests()
@@ -388,7 +379,7 @@ def test_a_touch_is_no_edit(output: Path) -> None:
 
 
 def test_an_untouched_file_is_not_read_again(output: Path) -> None:
-    record = described(output)
+    record = file_record(output)
     times = output.stat()
     output.write_text("worst")
     os.utime(output, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -402,7 +393,7 @@ def test_a_file_of_the_user_is_not_to_be_deleted(tmp_path: Path, folder: str, ad
     raw = dataset.parent / folder / "train.json"
     raw.parent.mkdir(parents=True)
     raw.write_text("as recorded")
-    record = {"folder": folder, "files": {"train.json": described(raw)}}
+    record = {"folder": folder, "files": {"train.json": file_record(raw)}}
     assert checked_raw_file("train.json", record, dataset).samefile(raw)
     raw.write_text("as it is now")
     with pytest.raises(ProvenanceError, match=rf"train\.json is not .*{advice}"):

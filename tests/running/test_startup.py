@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from workflow_scripts.running.provenance import ROOT
 from workflow_scripts.configuration.stages import RUN_MODELS, STAGES
+from workflow_scripts.files.paths import ROOT
 
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "mlflow"}
 
@@ -15,7 +15,7 @@ import runpy, sys
 stage = sys.argv[1]
 sys.argv = [stage, "--help"]
 try:
-    runpy.run_module(f"workflow_scripts.{stage}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"workflow_scripts.stages.{stage}", run_name="__main__", alter_sys=True)
 except SystemExit as end:
     assert not end.code
 print(*sys.modules, file=sys.stderr)

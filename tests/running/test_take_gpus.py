@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.running.take_gpus import take
 
 JOB = "import os, sys; print(os.environ.get('CUDA_VISIBLE_DEVICES'), flush=True); sys.stdin.read()"

@@ -18,12 +18,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from workflow_scripts.configuration.model import Configuration, Sampling, load
-from workflow_scripts.policy.prompts import messages
-from workflow_scripts.preferences.images import LARGEST_ASPECT_RATIO, decoded
-from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_images, write_images, write_preferences
-from workflow_scripts.running.provenance import ROOT, described, sidecar_path, write_json
-from workflow_scripts.rollouts.context import too_long
-from workflow_scripts.rollouts.items import Item
 from workflow_scripts.configuration.stages import (
     GenerateRollouts,
     MeasureAccuracy,
@@ -32,6 +26,15 @@ from workflow_scripts.configuration.stages import (
     ScoreRollouts,
     TrainGrpo,
 )
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.policy.prompts import messages
+from workflow_scripts.preferences.images import LARGEST_ASPECT_RATIO, decoded
+from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_images, write_images, write_preferences
+from workflow_scripts.rollouts.context import too_long
+from workflow_scripts.rollouts.items import Item
+from workflow_scripts.running.provenance import sidecar_path
 from workflow_scripts.stages.train_grpo import image_reader
 
 SHORT = {"max_thinking_tokens": 4, "max_answer_tokens": 4}
@@ -84,7 +87,7 @@ def listing(tmp_path: Path, run_main: Any, with_sidecar: Any) -> dict[str, Any]:
         for name, (data, _) in UNREADABLE.items():
             file.writestr(name, data)
     name = "images/test/test_1.zip"
-    write_json(tmp_path / "dataset.json", {"files": {name: described(archive)}})
+    write_json(tmp_path / "dataset.json", {"files": {name: file_record(archive)}})
     rows = []
     for position, names in enumerate((list(READABLE), [*UNREADABLE, "missing.webp"])):
         row = {"prompt_id": f"p{position}", "prompt": "a cat", "position": position, "image_ids": names}
@@ -334,9 +337,9 @@ def run_read_annotations(folder: Path, content: bytes | None, output: Path) -> s
     """Run read_annotations as the workflow does, on metadata of this content, tracked in a store of the folder."""
     metadata = folder / "metadata-test.parquet"
     metadata.write_bytes(content or b"")
-    write_json(folder / "dataset.json", {"files": {metadata.name: described(metadata)}})
+    write_json(folder / "dataset.json", {"files": {metadata.name: file_record(metadata)}})
     record = folder / "dataset.json"
-    sidecar = {"outputs": {record.name: described(record)}, "mlflow_run_id": None}
+    sidecar = {"outputs": {record.name: file_record(record)}, "mlflow_run_id": None}
     write_json(sidecar_path(record), sidecar)
     command = [
         sys.executable,

@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from workflow_scripts.configuration.model import Configuration, Dataset, Split, load
-from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, read_table, write_preferences
-from workflow_scripts.running.provenance import ProvenanceError, sidecar_path, verify
 from workflow_scripts.configuration.stages import (
     DownloadDataset,
     ReadAnnotations,
@@ -20,6 +18,9 @@ from workflow_scripts.configuration.stages import (
     SelectSubset,
     SynthesizeDataset,
 )
+from workflow_scripts.files.records import ProvenanceError
+from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, read_table, write_preferences
+from workflow_scripts.running.provenance import sidecar_path, verify
 
 WORLD = {
     "datasets": {
@@ -60,7 +61,7 @@ def run_stage() -> Iterator[RunStage]:
         def run(stage: str, config: Any, **files: Path) -> dict[str, Any]:
             command = [word for name, path in files.items() for word in (f"--{name}", str(path))]
             patch.setattr("sys.argv", [stage, *command, "--config", config.canonical()])
-            importlib.import_module(f"workflow_scripts.{stage}").main()
+            importlib.import_module(f"workflow_scripts.stages.{stage}").main()
             return verify(files["output"])
 
         yield run

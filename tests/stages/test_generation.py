@@ -12,12 +12,13 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 from trl import GRPOTrainer
 
+from workflow_scripts.configuration.jobs import interpreter
 from workflow_scripts.configuration.model import ConfigurationError, load
+from workflow_scripts.configuration.stages import GenerateRollouts, ModelConfig, TrainGrpo
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.running.provenance import ROOT
-from workflow_scripts.configuration.stages import GenerateRollouts, ModelConfig, TrainGrpo, interpreter
 from workflow_scripts.stages.train_grpo import ValidatingTrainer, check_generation, grpo_config, merged, served_folder
 
 # What vLLM is told, all of it other than the default.

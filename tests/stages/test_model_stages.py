@@ -24,16 +24,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workflow_scripts.stages import train_grpo
 from workflow_scripts.configuration.model import Configuration, load
+from workflow_scripts.configuration.stages import (
+    GenerateRollouts,
+    MakeTables,
+    MeasureAccuracy,
+    ScoreRollouts,
+    TrainGrpo,
+)
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS
 from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
-from workflow_scripts.running.provenance import ROOT, described, write_json
-from workflow_scripts.stages.score_rollouts import SCORE
 from workflow_scripts.scoring.image_scores import image_scores
-from workflow_scripts.configuration.stages import GenerateRollouts, MakeTables, MeasureAccuracy, ScoreRollouts, TrainGrpo
-from workflow_scripts.stages.train_grpo import image_reader, last_complete_checkpoint, soft_pair_accuracy, training_items
+from workflow_scripts.stages import train_grpo
+from workflow_scripts.stages.score_rollouts import SCORE
+from workflow_scripts.stages.train_grpo import (
+    image_reader,
+    last_complete_checkpoint,
+    soft_pair_accuracy,
+    training_items,
+)
 
 # -------------------------------------------------------------------------------------------------------------- scores
 
@@ -194,7 +207,7 @@ def measured_inputs(folder: Path, with_sidecar: Callable[..., Path], soft: Any, 
         "source": "synthetic",
         "revision": "seed 0",
         "measured": {"second_annotator_agreement": 0.65},
-        "files": {"truth-test.parquet": described(folder / "truth-test.parquet")},
+        "files": {"truth-test.parquet": file_record(folder / "truth-test.parquet")},
     }
     write_json(folder / "dataset.json", record)
     files = {"scores": "scores.parquet", "subset": "subset.parquet", "dataset_record": "dataset.json"}

@@ -9,9 +9,6 @@ import pandas as pd
 import pytest
 
 from workflow_scripts.configuration.model import load
-from workflow_scripts.preferences.schema import PREFERENCES, SchemaError, read_table
-from workflow_scripts.running.provenance import ROOT
-from workflow_scripts.rollouts.record import ROLLOUT
 from workflow_scripts.configuration.stages import (
     GenerateRollouts,
     MakeTables,
@@ -24,6 +21,9 @@ from workflow_scripts.configuration.stages import (
     SelectSubset,
     TrainGrpo,
 )
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.preferences.schema import PREFERENCES, SchemaError, read_table
+from workflow_scripts.rollouts.record import ROLLOUT
 
 SPLITS = ("train", "validation", "test")
 

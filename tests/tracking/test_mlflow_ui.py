@@ -22,11 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.commands.log_runs import log_runs
-from workflow_scripts.running.provenance import described, sidecar_path, write_json
-from workflow_scripts.reporting.gallery import GALLERY
+from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.stages import MakeGallery, MakeTables, TrainGrpo
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.reporting.gallery import GALLERY
+from workflow_scripts.running.provenance import sidecar_path
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,8 +58,8 @@ def write_job(output: Path, others: list[Path], stage: str, config: Any, inputs:
     defaults: dict[str, Any] = {"metrics": {}, "warnings": [], "seconds": 1.5, "peak_memory_megabytes": 99, "log": None}
     defaults |= {"stage": stage, "stage_key": stage, "config": config.model_dump(mode="json"), "code_digest": "c"}
     defaults |= {"git_commit": "abc", "upstream_runs": [], "versions": {}, "started": name, "mlflow_run_id": None}
-    defaults["inputs"] = {str(path): described(path)["sha256"] for path in inputs}
-    defaults["outputs"] = {os.path.relpath(path, output.parent): described(path) for path in (output, *others)}
+    defaults["inputs"] = {str(path): file_record(path)["sha256"] for path in inputs}
+    defaults["outputs"] = {os.path.relpath(path, output.parent): file_record(path) for path in (output, *others)}
     write_json(sidecar_path(output), defaults | record)
 
 

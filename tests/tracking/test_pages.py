@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from workflow_scripts.tracking import pages
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.stages import GenerateRollouts, TrainGrpo
+from workflow_scripts.tracking import pages
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ import mlflow
 import pytest
 
 from workflow_scripts.configuration.model import Configuration
-from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
-from workflow_scripts.running.provenance import ROOT, file_digest, git_commit, verify
-from workflow_scripts.stages.select_subset import Arguments
 from workflow_scripts.configuration.stages import SelectSubset
+from workflow_scripts.files.digests import file_digest
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
+from workflow_scripts.running.provenance import git_commit, verify
+from workflow_scripts.stages.select_subset import Arguments
 from workflow_scripts.tracking.stage_run import open_store, run_stage
 
 CONFIG = SelectSubset.of(Configuration(), "imagereward", "test")

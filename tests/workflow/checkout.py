@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.files.paths import ROOT
 
 NOT_COPIED = (".git", ".venv*", ".*_cache", ".hypothesis", ".snakemake", "__pycache__", "*.egg-info")
 MADE = ("results", "mlflow.db*", "mlruns", "mlartifacts")

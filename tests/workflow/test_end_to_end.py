@@ -17,8 +17,9 @@ import pytest
 from checkout import Workflow
 
 from workflow_scripts.commands.log_runs import log_runs
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.running.provenance import verify
 from workflow_scripts.tracking.pages import curve_name
-from workflow_scripts.running.provenance import ROOT, verify
 
 RULES = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk")), re.M))
 # Of other data and policies than those of configs/test.yaml.

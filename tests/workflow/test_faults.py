@@ -74,7 +74,7 @@ def watch(event, arguments):
                 strike(arguments)
 
 
-if plan and stage == "workflow_scripts." + plan["stage"] and not struck.exists():
+if plan and stage == "workflow_scripts.stages." + plan["stage"] and not struck.exists():
     armed = plan["times"]
     if plan["event"] == "start":
         strike(())

@@ -14,7 +14,7 @@ import mlflow
 import pytest
 from checkout import Workflow, environment
 
-from workflow_scripts.running.provenance import ROOT
+from workflow_scripts.files.paths import ROOT
 
 CARRIED = ("results", ".snakemake", "mlflow.db", "mlruns")  # what a checkout does not hold
 TABLES = ("table1.csv", "table2.csv", "comparisons.csv", "sensitivity.csv", "tables.md")

@@ -8,13 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 from checkout import Workflow
 
-from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.commands.plan import Plan, configured, data_sheet, plan
+from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.planning.costs import Assumptions
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import read_images
-from workflow_scripts.running.provenance import ROOT, sidecar_path
+from workflow_scripts.running.provenance import sidecar_path
 
 
 @pytest.fixture(scope="module")

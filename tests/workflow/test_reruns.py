@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from checkout import Workflow, environment
 
-from workflow_scripts.reference import reruns as rerun_matrix
 from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.reference import reruns as rerun_matrix
 from workflow_scripts.reference.configuration import leaves
-from workflow_scripts.running.provenance import PACKAGE, ROOT, WITHOUT_EFFECT, module_closure
 from workflow_scripts.reference.reruns import modules, stages
+from workflow_scripts.running.code_digest import PACKAGE, WITHOUT_EFFECT, module_closure
 
 # configs/test.yaml takes data and policy from elsewhere, and ranks nothing.
 NOT_RUN = {"download_dataset", "cold_start_policy", "record_own_data", "rank_own_images"}

@@ -21,8 +21,10 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from tabulate import tabulate
 
-from workflow_scripts.running.command_line import tell_briefly
 from workflow_scripts.configuration.model import Configuration, ConfigurationError, Dataset, Track, Training, load
+from workflow_scripts.configuration.stages import ModelConfig
+from workflow_scripts.configuration.targets import measured, shards
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.planning import artifacts
 from workflow_scripts.planning.architecture import BYTES, Architecture, PlanError
 from workflow_scripts.planning.costs import (
@@ -40,10 +42,9 @@ from workflow_scripts.planning.costs import (
     vllm_cost,
 )
 from workflow_scripts.planning.workload import Questions, TextTokens, questions
-from workflow_scripts.running.provenance import ROOT
-from workflow_scripts.configuration.stages import ModelConfig, measured, shards
+from workflow_scripts.running.command_line import tell_briefly
 
-FACTS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "planning/facts.yaml").read_text(encoding="utf-8"))
+FACTS: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "planning/facts.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.running.command_line import tell_briefly
 from workflow_scripts.configuration.model import Configuration, Tracking, load
-from workflow_scripts.policy.manifest import base_path
-from workflow_scripts.running.provenance import PACKAGE, ROOT, read_sidecar, sidecar_path, stage_environment, verify, write_json
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.redaction import redact_output, redacted
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.policy.manifest import base_path
+from workflow_scripts.running.code_digest import PACKAGE
+from workflow_scripts.running.command_line import tell_briefly
+from workflow_scripts.running.environment import stage_environment
+from workflow_scripts.running.provenance import read_sidecar, sidecar_path, verify
 from workflow_scripts.tracking.stage_run import finished_runs, open_store
 
 ADAPTER = "adapter_model.safetensors"
@@ -117,7 +121,7 @@ def _log_model(folder: Path, sidecar: dict[str, Any], name: str, run: str) -> st
             run_id=run,
             registered_model_name=name,
             await_registration_for=60,
-            python_model=str(ROOT / PACKAGE / "served_policy.py"),
+            python_model=str(ROOT / PACKAGE / "ranking/served_policy.py"),
             artifacts={"policies": str(policies)},
             code_paths=[str(ROOT / PACKAGE)],
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in NEEDED],

@@ -22,10 +22,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from workflow_scripts.running.command_line import tell_briefly
 from workflow_scripts.configuration.model import Configuration, Tracking
-from workflow_scripts.running.provenance import read_sidecar, sidecars
 from workflow_scripts.files.redaction import redacted
+from workflow_scripts.running.command_line import tell_briefly
+from workflow_scripts.running.provenance import read_sidecar, sidecars
 
 ERROR_LINE = re.compile(r"^(error: |wrong arguments|[\w.]*(Error|Exception|Interrupt)\b)")
 # Without the end of this address a new browser shows MLflow's menu for generative AI, without runs.

@@ -22,18 +22,13 @@ from snakemake.utils import update_config
 from tabulate import tabulate
 
 from workflow_scripts.configuration.model import Configuration, ConfigurationError, load
-from workflow_scripts.running.provenance import (
-    ROOT,
-    SUFFIX,
-    ProvenanceError,
-    code_digest,
-    file_digest,
-    flat,
-    read_sidecar,
-    sidecar_path,
-    sidecars,
-)
 from workflow_scripts.configuration.stages import same_instance
+from workflow_scripts.files.digests import file_digest
+from workflow_scripts.files.instances import flat
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.records import ProvenanceError
+from workflow_scripts.running.code_digest import code_digest
+from workflow_scripts.running.provenance import SUFFIX, read_sidecar, sidecar_path, sidecars
 
 
 def altered_outputs(output: Path, sidecar: dict[str, Any]) -> list[str]:
@@ -145,7 +140,9 @@ def read_configuration(files: list[Path]) -> Configuration:
 
 def main() -> int:
     """Print a table of what does not fit; 1 where there is anything."""
-    from workflow_scripts.running.command_line import tell_briefly  # here, so that no dry run loads what reads command lines
+    from workflow_scripts.running.command_line import (
+        tell_briefly,  # here, so that no dry run loads what reads command lines
+    )
 
     sys.excepthook = tell_briefly
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,8 +4,6 @@ The canonical JSON of these models is a rule's parameter, so a stage reruns exac
 """
 
 import inspect
-import shlex
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field
@@ -34,14 +32,9 @@ from workflow_scripts.configuration.model import (
     Track,
     TrainingVllm,
 )
-from workflow_scripts.running.provenance import ROOT, canonical_json
+from workflow_scripts.files.digests import canonical_json
 
 VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}  # HPDv2 has no such split
-
-FIGURES = (
-    *("training_curves", "mean_at_k", "calibration_pairs", "calibration_ratings", "answers", "rank_distance"),
-    *("confidence", "tie_rules", "presentation_order", "anchor_rank"),
-)
 
 
 class StageConfig(Section):
@@ -480,36 +473,6 @@ def same_instance(c: Configuration, stage: str, recorded: dict[str, Any]) -> Sta
     return found
 
 
-def job_resources(c: Configuration, rule: str) -> dict[str, int]:
-    """What Snakemake and a cluster reserve for a job of a rule: GPUs, `mem_mb` and `runtime` in minutes."""
-    asked = getattr(c.resources, rule, c.resources.others)
-    return {"gpu": gpus(c, rule), "mem_mb": round(1000 * asked.memory_gigabytes), "runtime": asked.minutes}
-
-
-def gpus(c: Configuration, rule: str) -> int:
-    """GPUs that a job of a rule uses."""
-    shared = c.rollouts.vllm.tensor_parallel_size if c.rollouts.engine == "vllm" else 1
-    used = {"train_grpo": c.distributed.processes, "generate_rollouts": shared, "rank_own_images": 1}
-    return used.get(rule, 0) * (c.policy.device == "cuda")
-
-
-def interpreter(c: Configuration, rule: str) -> str:
-    """Word of the shell for the Python that runs a rule's stage: the one of vLLM's environment where that generates."""
-    uses_vllm = {
-        "generate_rollouts": c.rollouts.engine == "vllm",
-        "train_grpo": any(getattr(c.training, track).generation != "transformers" for track in c.tracks),
-    }
-    return shlex.quote(str(ROOT / c.vllm_python)) if uses_vllm.get(rule) else "python"
-
-
-def launcher(c: Configuration, rule: str) -> str:
-    """What starts a rule's stage: the interpreter, on GPUs of its own, in as many processes as it asks for."""
-    processes = c.distributed.processes if rule == "train_grpo" else 1
-    several = f" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {processes}"
-    taken = f"python -m workflow_scripts.running.take_gpus {gpus(c, rule)} " if gpus(c, rule) else ""
-    return taken + interpreter(c, rule) + (several if processes > 1 else "")
-
-
 def protocol_of(c: Configuration, track: Track) -> Protocol:
     """What a track trains and asks: of the user's own data it is configured, of the others published."""
     return c.datasets.own.protocol if track == "own" else PROTOCOL[track]
@@ -524,108 +487,3 @@ def shard_range(c: Configuration, test: Dataset, shard: int) -> tuple[int, int]:
     """Positions [start, stop) of a shard in the hash order of the test prompts; only the last one is cut short."""
     start = shard * c.rollouts.shard_prompts
     return start, min(start + c.rollouts.shard_prompts, getattr(c.datasets, test).test_prompts)
-
-
-def shards(c: Configuration, test: Dataset) -> list[int]:
-    """Numbers of the shards that cover the test prompts."""
-    return list(range(-(-getattr(c.datasets, test).test_prompts // c.rollouts.shard_prompts)))
-
-
-def gallery_shards(c: Configuration, test: Dataset) -> list[int]:
-    """Numbers of the shards that hold the prompts of the gallery: the first in hash order."""
-    prompts = min(c.report.gallery_prompts, getattr(c.datasets, test).test_prompts)
-    return list(range(-(-prompts // c.rollouts.shard_prompts)))
-
-
-def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
-    """(track, policy, test, seed) of every accuracy that the tables need; cross rows are of trained policies only."""
-    own: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in ("zeroshot", "grpo")]
-    cross: list[tuple[Track, str, Dataset]] = [(x.track, "grpo", x.test) for x in c.cross_tests]
-    return [(*case, seed) for case in own + cross for seed in c.seeds]
-
-
-def accuracy_files(c: Configuration) -> list[str]:
-    """Accuracies that the tables are made from."""
-    return [f"{c.results}/accuracy/{t}/{policy}/seed{seed}/{test}.json" for t, policy, test, seed in measured(c)]
-
-
-def score_files(c: Configuration) -> list[str]:
-    """Scores of every policy on every test set of the tables."""
-    return [f"{c.results}/scores/{t}/{policy}/seed{seed}/{test}.parquet" for t, policy, test, seed in measured(c)]
-
-
-def rollout_files(c: Configuration) -> list[str]:
-    """Rollouts of the same: all shards and blocks."""
-    return [
-        f"{c.results}/rollouts/{t}/{policy}/seed{seed}/{test}/{shard:04d}-{block:04d}.parquet"
-        for t, policy, test, seed in measured(c)
-        for shard in shards(c, test)
-        for block in range(c.rollouts.blocks)
-    ]
-
-
-def test_sets(c: Configuration) -> list[Dataset]:
-    """Data sets that any policy is tested on."""
-    return list(dict.fromkeys(test for _, _, test, _ in measured(c)))
-
-
-def gallery_files(c: Configuration) -> list[str]:
-    """Galleries of every policy on every test set of the tables."""
-    return [f"{c.results}/gallery/{t}/{policy}/seed{seed}/{test}.parquet" for t, policy, test, seed in measured(c)]
-
-
-def dataset_record(c: Configuration, dataset: Dataset) -> str:
-    """Record of the raw data set; synthetic and published data never share a folder, and own data are not copied."""
-    if dataset == "own":
-        return f"{c.results}/datasets/own/dataset.json"
-    return f"{c.downloads}/{getattr(c.datasets, dataset).source}/{dataset}/dataset.json"
-
-
-def bundled_files(c: Configuration) -> list[str]:
-    """Files of the bundled policy that a changed model would change.
-
-    Relative to the working directory where they are in it: a moved repository has the same inputs.
-    """
-    if c.policy.source != "bundled":
-        return []
-    return _from_here(sorted((ROOT / c.policy.bundled).glob("*.safetensors")))
-
-
-def own_files(c: Configuration) -> list[str]:
-    """The user's table, and all other files of its folder: a changed image is another data set. None if not used."""
-    if not uses_own_data(c):
-        return []
-    own = c.datasets.own
-    folder = ROOT / own.folder
-    images = [
-        path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".csv", ".jsonl", ".parquet")
-    ]
-    return _from_here([folder / own.annotations, *sorted(images)])
-
-
-def ranked_images(c: Configuration) -> list[str]:
-    """The user's table and the images to rank that are there; none where nothing is to be ranked."""
-    if not c.ranking.images:
-        return []
-    from workflow_scripts.ranking.listing import listed  # here, so that no stage loads it
-
-    given = ROOT / c.ranking.images
-    paths = {one.path for one in listed(given, c.ranking.prompt)}
-    return _from_here([*([given] if given.is_file() else []), *sorted(path for path in paths if path.is_file())])
-
-
-def ranking_files(c: Configuration) -> list[str]:
-    """Ranking of the user's images, where there are some to rank."""
-    endings = ("csv", "jsonl", "html") if c.ranking.images else ()
-    return [f"{c.results}/ranking/ranking.{ending}" for ending in endings]
-
-
-def _from_here(paths: list[Path]) -> list[str]:
-    here = Path.cwd()
-    return [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths]
-
-
-def separate_training_preferences(c: Configuration, dataset: Dataset) -> list[str]:
-    """Training annotations that a validation split must not overlap with; none where it is drawn from them."""
-    own = VALIDATION_FROM[dataset] == "validation"
-    return [f"{c.results}/datasets/{dataset}/train/preferences.parquet"] if own else []

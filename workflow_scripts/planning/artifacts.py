@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from workflow_scripts.configuration.model import Configuration, Dataset
+from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.configuration.stages import VALIDATION_FROM
 from workflow_scripts.planning.architecture import BYTES, FULL
 from workflow_scripts.planning.costs import Model
 from workflow_scripts.planning.workload import published_totals, selected_rows, synthetic_rows
-from workflow_scripts.configuration.published import PUBLISHED
-from workflow_scripts.configuration.stages import VALIDATION_FROM
 
 SYNTHETIC_IMAGE = {"imagereward": 4_700, "hpsv2": 3_300}  # bytes of an 84 x 84 image, lossless WebP and JPEG, measured
 ROLLOUT_TOKEN = 2.5  # bytes of a completion's token in a rollouts file, text included, measured

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from workflow_scripts.configuration.model import Configuration, Dataset, Split, Track
+from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.configuration.stages import VALIDATION_FROM, ModelConfig
 from workflow_scripts.planning.architecture import Architecture, Image, PlanError
 from workflow_scripts.preferences import subsampling, synthetic_layouts
 from workflow_scripts.preferences.hpdv2 import text_digest
 from workflow_scripts.preferences.synthetic_annotators import hpdv2_pairs
 from workflow_scripts.preferences.synthetic_scenes import SIDE, prompt_text
-from workflow_scripts.configuration.published import PUBLISHED
-from workflow_scripts.configuration.stages import VALIDATION_FROM, ModelConfig
 
 OWN_PIXELS = (3136, 12845056)  # Qwen2.5-VL's own, as published, for a configuration that leaves them to the model
 TextTokens = Callable[[str, str], float]  # (template, prompt) -> tokens of the question without its visual ones

@@ -13,11 +13,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from workflow_scripts.policy.manifest import PolicyError, base_path
-from workflow_scripts.policy.fast.output_head import turn_product_of_few_rows
-from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER, messages
-from workflow_scripts.policy.fast.shared_prompts import share_prompts
 from workflow_scripts.configuration.stages import ModelConfig
+from workflow_scripts.policy.fast.output_head import turn_product_of_few_rows
+from workflow_scripts.policy.fast.shared_prompts import share_prompts
+from workflow_scripts.policy.manifest import PolicyError, base_path
+from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER, messages
 
 ANOTHER_BASE = "set policy.source and what belongs to it to a vision-language model with weights as safetensors"
 OPEN_THINKING = "<think>"

@@ -4,7 +4,8 @@ import json
 from functools import cache
 from pathlib import Path
 
-from workflow_scripts.running.provenance import ROOT, file_digest
+from workflow_scripts.files.digests import file_digest
+from workflow_scripts.files.paths import ROOT
 
 # Weights as safetensors only: a pickle runs code when it is loaded. And no *.py: code of a model is never run.
 NEEDED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")

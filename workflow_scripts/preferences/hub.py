@@ -31,7 +31,8 @@ from huggingface_hub.utils import build_hf_headers
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 from tqdm import tqdm
 
-from workflow_scripts.running.provenance import described, write_json
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
 
 log = logging.getLogger("softpref")
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it says every address, and those of contents are signed
@@ -183,7 +184,7 @@ def described_if_right(path: Path, entry: Entry) -> dict[str, Any]:
     """Digest, size and modification time of a file; empty where it is not there or not as the Hub lists it."""
     if not path.is_file() or path.stat().st_size != entry.size:
         return {}
-    record = described(path)
+    record = file_record(path)
     found = record["sha256"]
     if len(entry.digest) == 40:
         data = path.read_bytes()

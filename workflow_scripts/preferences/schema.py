@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workflow_scripts.running.provenance import replacing
+from workflow_scripts.files.writing import replacing
 
 ROW_GROUP = 4096  # prompts written at once
 IMAGE_ROW_GROUP = 256  # images written or read at once

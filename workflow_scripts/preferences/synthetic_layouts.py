@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workflow_scripts.configuration.model import ConfigurationError, Hpdv2World, ImageRewardWorld, Split
+from workflow_scripts.files.writing import replacing
 from workflow_scripts.preferences.synthetic_annotators import (
     HPDV2_NOISE,
     IMAGEREWARD_NOISE,
@@ -35,7 +36,6 @@ from workflow_scripts.preferences.synthetic_annotators import (
     utilities,
 )
 from workflow_scripts.preferences.synthetic_scenes import Group, Scene, draw, prompt_text, sample_prompt, sample_scene
-from workflow_scripts.running.provenance import replacing
 
 # Images of a prompt and how many prompts of ImageReward's published test split have so many.
 IMAGE_COUNTS = {4: 194, 5: 2, 6: 45, 7: 159, 8: 43, 9: 23}

@@ -26,18 +26,20 @@ from PIL import Image, ImageOps
 from scipy.stats import rankdata
 
 from workflow_scripts.configuration.model import Protocol, Sampling
+from workflow_scripts.configuration.stages import ModelConfig
+from workflow_scripts.files.digests import digest
 from workflow_scripts.policy.loading import Policy, load_policy
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import CLOSE_THINKING
 from workflow_scripts.preferences.images import UnreadableImageError, decoded, in_memory
-from workflow_scripts.running.provenance import code_digest, digest, sidecar_path, verify
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
 from workflow_scripts.rollouts.transformers_engine import generate
+from workflow_scripts.running.code_digest import code_digest
+from workflow_scripts.running.provenance import sidecar_path, verify
 from workflow_scripts.scoring.anchor_ranking import ANCHOR_SCORE
 from workflow_scripts.scoring.image_scores import image_scores
 from workflow_scripts.scoring.mean_at_k import subset_means
-from workflow_scripts.configuration.stages import ModelConfig
 
 ADAPTER = "adapter_model.safetensors"
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")

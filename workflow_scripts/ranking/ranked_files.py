@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from workflow_scripts.running.locks import Lock
+from workflow_scripts.files.digests import digest
+from workflow_scripts.files.writing import replacing
 from workflow_scripts.preferences.images import UnreadableImageError, decoded
-from workflow_scripts.running.provenance import digest, replacing
 from workflow_scripts.ranking.judge import Judge, image_name, ranks_of
 from workflow_scripts.ranking.listing import Listed
 from workflow_scripts.ranking.page import write_page
+from workflow_scripts.running.locks import Lock
 
 Row = dict[str, Any]
 ALONE = "it is the only readable image of its prompt, and the policy compares images"

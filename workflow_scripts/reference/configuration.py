@@ -97,6 +97,6 @@ def generated_files() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parents[2]
     for path, text in generated_files().items():
         (root / path).write_text(text, encoding="utf-8")

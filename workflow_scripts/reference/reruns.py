@@ -23,8 +23,9 @@ import yaml
 from snakemake.utils import update_config
 
 from workflow_scripts.configuration.model import Configuration, ConfigurationError, load
+from workflow_scripts.files.paths import ROOT
 from workflow_scripts.reference.configuration import leaves
-from workflow_scripts.running.provenance import PACKAGE, ROOT, module_closure
+from workflow_scripts.running.code_digest import PACKAGE, module_closure
 
 CONFIGFILE = "configs/test.yaml"
 # Other values of keys whose type does not tell one.
@@ -213,7 +214,7 @@ def module_rows(run: FinishedRun) -> dict[str, list[str]]:
     """By module: a cell for each rule, from the code digests of the stages."""
     after = rules_after(run)
     engine = run.configuration.rollouts.engine
-    closures = {rule: module_closure(f"{PACKAGE}.{stage}", engine) for rule, stage in stages().items()}
+    closures = {rule: module_closure(f"{PACKAGE}.stages.{stage}", engine) for rule, stage in stages().items()}
     rows = {}
     for module in modules():
         own = {rule for rule, closure in closures.items() if f"{PACKAGE}.{module}" in closure}

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parents[1]
 ROLES = {"Input": "read", "Output": "written"}
 MADE = "by `python -m workflow_scripts.reference.stages`; a test holds them together."
 # Files whose columns are described, in the order of the workflow: heading, module, name of the schema.
@@ -17,7 +17,7 @@ TABLES = [
     ("`datasets/{dataset}/{split}/subset.parquet`", "preferences/schema.py", "SUBSET"),
     ("`datasets/{dataset}/{split}/images-*.parquet`", "preferences/schema.py", "IMAGES"),
     ("`rollouts/{track}/{policy}/seed{seed}/{test}/{shard}-{block}.parquet`", "rollouts/record.py", "ROLLOUT"),
-    ("`scores/{track}/{policy}/seed{seed}/{test}.parquet`", "score_rollouts.py", "SCORE"),
+    ("`scores/{track}/{policy}/seed{seed}/{test}.parquet`", "stages/score_rollouts.py", "SCORE"),
     ("`gallery/{track}/{policy}/seed{seed}/{test}.parquet`", "reporting/gallery.py", "GALLERY"),
 ]
 
@@ -29,7 +29,7 @@ def cell(text: str) -> str:
 
 def stage_modules() -> list[tuple[str, ast.Module]]:
     """Name and syntax tree of every module that defines a stage, by name."""
-    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (PACKAGE / "stages").glob("*.py")}
     return sorted((name, tree) for name, tree in trees.items() if arguments_class(tree))
 
 
@@ -69,9 +69,10 @@ def stages_page() -> str:
     """docs/stages.md."""
     head = (
         f"# Stages\n\nMade from the stages' code {MADE}\n\n"
-        "Every stage is a rule of the same name and a command line, `python -m workflow_scripts.<stage> --help`. The "
-        "workflow gives `--config` the keys that the stage uses, `--code_digest` and `--log_file`; by hand the last "
-        "two may be left out. Beside its first output each writes a sidecar ([provenance.md](provenance.md))."
+        "Every stage is a rule of the same name and a command line, `python -m workflow_scripts.stages.<stage> "
+        "--help`. The workflow gives `--config` the keys that the stage uses, `--code_digest` and `--log_file`; by "
+        "hand the last two may be left out. Beside its first output each writes a sidecar "
+        "([provenance.md](provenance.md))."
     )
     return "\n\n".join([head, *(stage_section(name, tree) for name, tree in stage_modules())]) + "\n"
 

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workflow_scripts.running.provenance import replacing
+from workflow_scripts.files.writing import replacing
 
 ROLLOUT = pa.schema(
     [

@@ -19,12 +19,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from workflow_scripts.configuration.model import RolloutsVllm, Sampling
+from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.loading import Policy, as_policy, image_settings, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
 from workflow_scripts.preferences.images import Images
 from workflow_scripts.rollouts.items import Item, stable_random
-from workflow_scripts.configuration.stages import ModelConfig
 
 # Ranks that vLLM has room for (vllm.config.lora.MaxLoRARanks).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

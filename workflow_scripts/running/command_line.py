@@ -11,6 +11,8 @@ from typing import Annotated, Any, Self, get_args
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from workflow_scripts.running.code_digest import PACKAGE
+
 Input = Annotated[Path, "input"]
 Output = Annotated[Path, "output"]
 
@@ -45,7 +47,7 @@ class StageArguments(BaseSettings):
         sys.excepthook = tell_briefly
         about, example = described(inspect.getmodule(cls).__doc__ or "")
         # argparse would take a percent sign for a placeholder.
-        source: Any = CliSettingsSource(cls, cli_prog_name=f"python -m workflow_scripts.{_stage(cls)}")
+        source: Any = CliSettingsSource(cls, cli_prog_name=f"python -m workflow_scripts.stages.{_stage(cls)}")
         source.root_parser.description = about.replace("%", "%%")
         source.root_parser.epilog = f"{example}\n\n{ABOUT_CONFIG}".strip().replace("%", "%%")
         try:
@@ -91,7 +93,7 @@ def tell_briefly(kind: type[BaseException], error: BaseException, trace: Traceba
     """
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted; run the same command again to go on", file=sys.stderr)
-    elif kind.__module__.split(".")[0] in (__package__, "__main__"):  # a stage's own kinds are the main module's
+    elif kind.__module__.split(".")[0] in (PACKAGE, "__main__"):  # a stage's own kinds are the main module's
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

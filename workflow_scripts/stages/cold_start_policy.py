@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from workflow_scripts.running.command_line import Output, StageArguments
+from workflow_scripts.configuration.stages import ColdStartPolicy
 from workflow_scripts.policy.cold_start import corpus, train
 from workflow_scripts.policy.tiny_qwen import build_model, build_processor, build_tokenizer
 from workflow_scripts.preferences.synthetic_scenes import SIDE
-from workflow_scripts.configuration.stages import ColdStartPolicy
+from workflow_scripts.running.command_line import Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 CORPUS_PROMPTS = 800

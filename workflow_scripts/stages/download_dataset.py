@@ -9,11 +9,12 @@ they are: in the folder that `hub.path` names, or in the cache of the Hub's clie
 
 from pathlib import Path
 
-from workflow_scripts.running.command_line import Output, StageArguments
 from workflow_scripts.configuration.model import Hpdv2Hub, ImageRewardHub
-from workflow_scripts.preferences.hub import HubError, fetch
-from workflow_scripts.running.provenance import described, write_json
 from workflow_scripts.configuration.stages import DownloadDataset
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.preferences.hub import HubError, fetch
+from workflow_scripts.running.command_line import Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 # As in ImageRewardDB.py on the Hub: of the training archives the first so many for each thousand prompts.
@@ -38,7 +39,7 @@ def main() -> None:
         names, beside, key = needed_files(hub), arguments.output.parent, f"datasets.{dataset}.hub"
         if hub.path:
             folder, repository, commit = Path(hub.path).expanduser().resolve(), None, None
-            files = {name: described(own_file(folder, name, key)) for name in names}
+            files = {name: file_record(own_file(folder, name, key)) for name in names}
         else:
             folder, repository, commit, files = fetch("dataset", hub.repository, hub.revision, names, beside, key)
         record = {

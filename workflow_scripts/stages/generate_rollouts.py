@@ -11,14 +11,14 @@ Without `--adapter` the base policy answers (zero-shot).
 
 import time
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration.stages import GenerateRollouts
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import write_rollouts
-from workflow_scripts.configuration.stages import GenerateRollouts
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 

@@ -23,10 +23,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pydantic_settings import CliPositionalArg
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration.stages import MakeFigures
+from workflow_scripts.files.writing import replacing
 from workflow_scripts.policy.prompts import ANSWERS
 from workflow_scripts.preferences.schema import SUBSET, read_table
-from workflow_scripts.running.provenance import replacing
 from workflow_scripts.reporting import drawing
 from workflow_scripts.reporting.agreement import (
     Resampling,
@@ -44,10 +44,10 @@ from workflow_scripts.reporting.calibration import (
     probability_higher,
 )
 from workflow_scripts.rollouts.record import ROLLOUT
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.scoring.anchor_ranking import candidate_probability
 from workflow_scripts.scoring.pair_accuracy import expected_answer
 from workflow_scripts.scoring.protocols import NEUTRAL, OFFICIAL
-from workflow_scripts.configuration.stages import MakeFigures
 from workflow_scripts.tracking.stage_run import run_stage
 
 BINS = 10  # equally wide, of a probability

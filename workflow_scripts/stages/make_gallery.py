@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_settings import CliPositionalArg
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration.stages import MakeGallery
+from workflow_scripts.files.writing import replacing
 from workflow_scripts.policy.prompts import ANSWERS
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
-from workflow_scripts.running.provenance import replacing
 from workflow_scripts.reporting.gallery import GALLERY, gallery_rows
 from workflow_scripts.rollouts.record import ROLLOUT
-from workflow_scripts.configuration.stages import MakeGallery
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 

@@ -18,15 +18,17 @@ import pandas as pd
 from markupsafe import Markup
 from pydantic_settings import CliPositionalArg
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration.stages import MakeReport
+from workflow_scripts.files.instances import INSTANCE_KEYS, flat, instance_name
+from workflow_scripts.files.writing import replacing
 from workflow_scripts.policy.prompts import CLOSE_THINKING
 from workflow_scripts.preferences.schema import read_table
-from workflow_scripts.running.provenance import flat, read_sidecar, replacing, sidecar_path
 from workflow_scripts.reporting.drawing import METHODS, POLICIES, inline_svg
 from workflow_scripts.reporting.gallery import GALLERY
 from workflow_scripts.reporting.page import render
-from workflow_scripts.configuration.stages import MakeReport
-from workflow_scripts.tracking.stage_run import INSTANCE_KEYS, instance_name, run_stage
+from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.running.provenance import read_sidecar, sidecar_path
+from workflow_scripts.tracking.stage_run import run_stage
 
 LARGEST_GALLERY = 9_000_000  # characters of the page that pictures and texts of the gallery may take
 MISTAKES = 8  # of the gallery that are listed

@@ -1,6 +1,7 @@
 """Make the paper's tables from measured accuracies: table1, table2, the comparisons behind them, and sensitivity.
 
-python -m workflow_scripts.stages.make_tables results/accuracy/*/*/seed*/*.json --base results/policies/base/manifest.json \
+python -m workflow_scripts.stages.make_tables results/accuracy/*/*/seed*/*.json \
+    --base results/policies/base/manifest.json \
     --adapters results/policies/imagereward/seed0/adapter_model.safetensors --table1 results/table1.csv \
     --table2 results/table2.csv --comparisons results/comparisons.csv --sensitivity results/sensitivity.csv \
     --markdown results/tables.md --config '{"tracks": ["imagereward"], "seeds": [0], …}'
@@ -15,11 +16,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 from pydantic_settings import CliPositionalArg
 
+from workflow_scripts.configuration.stages import MakeTables
+from workflow_scripts.files.writing import replacing
 from workflow_scripts.running.command_line import Input, Output, StageArguments
-from workflow_scripts.running.provenance import replacing
 from workflow_scripts.scoring.bootstrap import Credit, Interval, accuracy_intervals, difference_intervals
 from workflow_scripts.scoring.protocols import macro, micro
-from workflow_scripts.configuration.stages import MakeTables
 from workflow_scripts.tracking.stage_run import run_stage
 
 PAPER_TABLE1 = {("imagereward", 1): 64.7, ("imagereward", 3): 64.9, ("hpsv2", 1): 65.1, ("hpsv2", 3): 65.4}

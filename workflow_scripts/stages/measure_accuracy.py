@@ -19,9 +19,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration.stages import MeasureAccuracy
+from workflow_scripts.files.records import check_file
+from workflow_scripts.files.writing import replacing, write_json
 from workflow_scripts.preferences.schema import SUBSET, read_table
-from workflow_scripts.running.provenance import check_file, replacing, write_json
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.scoring.bootstrap import Credit, accuracy_intervals
 from workflow_scripts.scoring.mean_at_k import fill_missing
 from workflow_scripts.scoring.protocols import (
@@ -33,7 +35,6 @@ from workflow_scripts.scoring.protocols import (
     outcome_credit,
     prompt_outcomes,
 )
-from workflow_scripts.configuration.stages import MeasureAccuracy
 from workflow_scripts.tracking.stage_run import run_stage
 
 RULES = ["method", "k", "against", "tie", "label_tie", "missing"]

@@ -6,11 +6,12 @@ python -m workflow_scripts.stages.prepare_base_policy --manifest results/policie
 
 from pathlib import Path
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
-from workflow_scripts.preferences.hub import fetch
-from workflow_scripts.policy.manifest import NEEDED, model_files
-from workflow_scripts.running.provenance import ROOT, write_json
 from workflow_scripts.configuration.stages import PrepareBasePolicy
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.policy.manifest import NEEDED, model_files
+from workflow_scripts.preferences.hub import fetch
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 

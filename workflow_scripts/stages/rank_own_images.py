@@ -6,10 +6,10 @@ python -m workflow_scripts.stages.rank_own_images --base results/policies/base/m
     --config '{"images": "examples/own_data/images", "prompt": "two red circles", "track": "imagereward", …}'
 """
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
-from workflow_scripts.running.provenance import ROOT
-from workflow_scripts.ranking.listing import listed
 from workflow_scripts.configuration.stages import RankOwnImages
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.ranking.listing import listed
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 

@@ -9,13 +9,13 @@ import json
 
 import pyarrow.parquet as pq
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration.published import PUBLISHED, differences
+from workflow_scripts.configuration.stages import ReadAnnotations
+from workflow_scripts.files.records import checked_raw_file, raw_folder
 from workflow_scripts.preferences import hpdv2, imagereward, own_data
 from workflow_scripts.preferences.schema import write_preferences
 from workflow_scripts.preferences.subsampling import normalised
-from workflow_scripts.running.provenance import checked_raw_file, raw_folder
-from workflow_scripts.configuration.published import PUBLISHED, differences
-from workflow_scripts.configuration.stages import ReadAnnotations
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 

@@ -17,12 +17,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration.stages import ReadImages
+from workflow_scripts.files.records import checked_raw_file
+from workflow_scripts.files.writing import write_json
 from workflow_scripts.preferences.archives import ArchiveError, iter_images
 from workflow_scripts.preferences.images import UnreadableImageError, decoded
 from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_table, write_images
-from workflow_scripts.running.provenance import checked_raw_file, write_json
-from workflow_scripts.configuration.stages import ReadImages
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 

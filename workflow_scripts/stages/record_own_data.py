@@ -10,10 +10,12 @@ The files stay where they are; who reads one later compares it with this record.
 import os
 from pathlib import Path
 
-from workflow_scripts.running.command_line import Output, StageArguments
-from workflow_scripts.preferences.own_data import image_files
-from workflow_scripts.running.provenance import ROOT, described, write_json
 from workflow_scripts.configuration.stages import RecordOwnData
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.preferences.own_data import image_files
+from workflow_scripts.running.command_line import Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 
@@ -33,7 +35,7 @@ def main() -> None:
     with run_stage(arguments) as run:
         folder, absolute = ROOT / config.folder, Path(config.folder).is_absolute()
         images = image_files(folder, config.annotations)
-        files = {name: described(folder / name) for name in (config.annotations, *images)}
+        files = {name: file_record(folder / name) for name in (config.annotations, *images)}
         record = {
             "dataset": "own",
             "source": "own",

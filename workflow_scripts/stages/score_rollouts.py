@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_settings import CliPositionalArg
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration.stages import ScoreRollouts
+from workflow_scripts.files.writing import replacing
 from workflow_scripts.policy.prompts import ANSWERS
 from workflow_scripts.preferences.schema import SchemaError, read_table
-from workflow_scripts.running.provenance import replacing
 from workflow_scripts.rollouts.record import ROLLOUT
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.scoring.image_scores import image_scores
-from workflow_scripts.configuration.stages import ScoreRollouts
 from workflow_scripts.tracking.stage_run import run_stage
 
 SCORED = [

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.configuration.stages import SelectSubset
 from workflow_scripts.preferences import subsampling
 from workflow_scripts.preferences.schema import PREFERENCES, ROW_GROUP, SUBSET, read_table, write_preferences
-from workflow_scripts.configuration.stages import SelectSubset
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 

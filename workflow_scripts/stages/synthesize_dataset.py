@@ -6,11 +6,12 @@ python -m workflow_scripts.stages.synthesize_dataset --output results/downloads/
 The output is the record of the data set; the raw files stand beside it.
 """
 
-from workflow_scripts.running.command_line import Output, StageArguments
 from workflow_scripts.configuration.model import ImageRewardWorld
-from workflow_scripts.preferences.synthetic_layouts import write_hpdv2, write_imagereward
-from workflow_scripts.running.provenance import described, write_json
 from workflow_scripts.configuration.stages import SynthesizeDataset
+from workflow_scripts.files.records import file_record
+from workflow_scripts.files.writing import write_json
+from workflow_scripts.preferences.synthetic_layouts import write_hpdv2, write_imagereward
+from workflow_scripts.running.command_line import Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
 
@@ -38,7 +39,7 @@ def main() -> None:
             "revision": f"seed {world.seed}",
             "world": world.model_dump(mode="json"),
             **summary,
-            "files": {name: described(folder / name) for name in sorted(files)},
+            "files": {name: file_record(folder / name) for name in sorted(files)},
         }
         write_json(arguments.output, record)
         run.metrics(summary["measured"])

@@ -39,25 +39,25 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
-from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.configuration.model import Sampling, Training
-from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
-from workflow_scripts.policy.manifest import PolicyError, base_path
+from workflow_scripts.configuration.stages import TrainGrpo
+from workflow_scripts.files.writing import replacing, write_json
 from workflow_scripts.policy.fast.output_head import turn_product_of_few_rows
-from workflow_scripts.policy.prompts import ANSWERS, messages
 from workflow_scripts.policy.fast.shared_images import process_images_once
 from workflow_scripts.policy.fast.shared_prompts import share_prompts
+from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
+from workflow_scripts.policy.manifest import PolicyError, base_path
+from workflow_scripts.policy.prompts import ANSWERS, messages
 from workflow_scripts.preferences.images import Images, decoded
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, SchemaError, check_schema, read_table
-from workflow_scripts.running.provenance import replacing, write_json
-from workflow_scripts.training.rewards import approximate_reward, exact_reward, format_reward
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.decoding import sample_completions
 from workflow_scripts.rollouts.items import Item, stable_random
 from workflow_scripts.rollouts.transformers_engine import generate
+from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.scoring.pair_accuracy import expected_answer, pair_accuracy
-from workflow_scripts.configuration.stages import TrainGrpo
 from workflow_scripts.tracking.stage_run import Run, run_stage
+from workflow_scripts.training.rewards import approximate_reward, exact_reward, format_reward
 
 REWARDS = {"format": format_reward, "exact": exact_reward, "approximate": approximate_reward}
 BEST = "eval_soft_pair_accuracy"

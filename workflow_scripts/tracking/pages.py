@@ -7,10 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.running.provenance import ROOT, flat
+from workflow_scripts.files.instances import INSTANCE_KEYS, flat, instance_name
+from workflow_scripts.files.paths import ROOT
 
-# The parts of a stage instance's name, in the order in which they are said.
-INSTANCE_KEYS = ("dataset", "track", "policy", "test", "split", "seed", "shard", "block")
 # What makes runs comparable, in the order of interest; all other keys stand in the provenance file beside it.
 PARAMS = (
     *INSTANCE_KEYS,
@@ -50,12 +49,6 @@ every test set |
 Useful filters of runs: `tags.stage = 'train_grpo'`, `tags.track = 'hpsv2'`, `tags.policy = 'grpo'`,
 `attributes.status = 'FAILED'`. Of traces: `tags.right`, `tags.confidence`, `tags.dataset`, `tags.policy`.
 """
-
-
-def instance_name(record: dict[str, Any]) -> str:
-    """Name of a stage instance by its sidecar: "train_grpo · imagereward · seed 0"."""
-    parts = {key: record["config"][key] for key in INSTANCE_KEYS if key in record["config"]}
-    return " · ".join([record["stage"], *(f"{k} {v}" if isinstance(v, int) else str(v) for k, v in parts.items())])
 
 
 def chosen_params(config: dict[str, Any]) -> dict[str, str]:
@@ -134,5 +127,5 @@ def whole_sections(text: str, room: int, rest: str) -> str:
 @cache
 def summary(stage: str) -> str:
     """First line of a stage's documentation; read, since importing a stage takes seconds."""
-    tree = ast.parse((ROOT / "workflow_scripts" / f"{stage}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "workflow_scripts" / "stages" / f"{stage}.py").read_text(encoding="utf-8"))
     return (ast.get_docstring(tree) or "").splitlines()[0]

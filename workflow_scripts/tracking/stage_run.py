@@ -24,21 +24,17 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from workflow_scripts.running import provenance
+from workflow_scripts.files.digests import canonical_json, file_digest
+from workflow_scripts.files.instances import INSTANCE_KEYS, instance_name
+from workflow_scripts.files.records import ProvenanceError, file_record
+from workflow_scripts.files.redaction import redact_output, redacted
+from workflow_scripts.files.writing import replacing, write_json
+from workflow_scripts.running.code_digest import PACKAGE, code_digest
 from workflow_scripts.running.command_line import StageArguments, freeze_imports
 from workflow_scripts.running.locks import Lock
-from workflow_scripts.tracking.pages import (
-    EXPERIMENT_NOTE,
-    INSTANCE_KEYS,
-    NOTE,
-    chosen_params,
-    curve_name,
-    input_name,
-    instance_name,
-    run_note,
-)
 from workflow_scripts.running.progress import lines_in_logs
-from workflow_scripts.files.redaction import redact_output, redacted
+from workflow_scripts.running.provenance import git_commit, sidecar_path, stage_key, verify_chain, versions
+from workflow_scripts.tracking.pages import EXPERIMENT_NOTE, NOTE, chosen_params, curve_name, input_name, run_note
 
 log = logging.getLogger("softpref")
 
@@ -122,7 +118,7 @@ class Run:
                 if client and path.stat().st_size <= limit:
                     client.log_artifact(self.mlflow_run_id, str(path), folder)
                 elif client:
-                    text = f"{path.resolve()}\nsha256 {provenance.file_digest(path)}\n"
+                    text = f"{path.resolve()}\nsha256 {file_digest(path)}\n"
                     client.log_text(self.mlflow_run_id, text, str(Path(folder or "") / f"{path.name}.path.txt"))
 
     def open(self, record: dict[str, Any]) -> None:
@@ -215,17 +211,17 @@ def _recorded(arguments: StageArguments) -> Iterator[Run]:
     record: dict[str, Any] = {
         "stage": stage,
         "stage_key": "",
-        "config": json.loads(provenance.canonical_json(config)),  # in the order in which the sidecar keeps it
+        "config": json.loads(canonical_json(config)),  # in the order in which the sidecar keeps it
         "code_digest": code,
-        "git_commit": provenance.git_commit(),
+        "git_commit": git_commit(),
         "inputs": {},
         "upstream_runs": [],
-        "versions": provenance.versions(),
+        "versions": versions(),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds"),
     }
     try:
         run.inputs = _verified(arguments)
-    except provenance.ProvenanceError:
+    except ProvenanceError:
         run.open(record)
         _fail(run, arguments.log_file)
         raise
@@ -240,7 +236,7 @@ def _recorded(arguments: StageArguments) -> Iterator[Run]:
         outputs = _outputs(arguments)
         folder = outputs[0].parent
         record |= {
-            "outputs": {os.path.relpath(path, folder): provenance.described(path) for path in outputs},
+            "outputs": {os.path.relpath(path, folder): file_record(path) for path in outputs},
             "metrics": run.summary,
             "warnings": run.warnings,
             "seconds": round(time.time() - started, 2),
@@ -248,7 +244,7 @@ def _recorded(arguments: StageArguments) -> Iterator[Run]:
             "mlflow_run_id": run.mlflow_run_id,
             "log": os.path.relpath(arguments.log_file, folder) if arguments.log_file else None,
         }
-        provenance.write_json(provenance.sidecar_path(outputs[0]), record)
+        write_json(sidecar_path(outputs[0]), record)
         log.info("finished in %.1f s, at most %d MB", record["seconds"], record["peak_memory_megabytes"])
     except BaseException:
         _fail(run, arguments.log_file)
@@ -264,14 +260,14 @@ def _identity(arguments: StageArguments) -> tuple[str, dict[str, Any], str]:
     """Stage, configuration and code digest of what these arguments run."""
     stage = Path(inspect.getfile(type(arguments))).stem
     config = arguments.config.model_dump(mode="json")  # type: ignore[attr-defined]
-    return stage, config, arguments.code_digest or provenance.code_digest(stage, config.get("engine", "transformers"))
+    return stage, config, arguments.code_digest or code_digest(stage, config.get("engine", "transformers"))
 
 
 def _verified(arguments: StageArguments) -> dict[str, Any]:
     """Sidecar of each input path, everything checked against it."""
     seen: dict[Path, Any] = {}
     paths = [path for group in arguments.files("input").values() for path in group]
-    return {str(path): provenance.verify_chain(path, seen) for path in paths}
+    return {str(path): verify_chain(path, seen) for path in paths}
 
 
 def _digests(sidecars: dict[str, Any]) -> dict[str, str]:
@@ -283,7 +279,7 @@ def _stage_key(arguments: StageArguments, sidecars: dict[str, Any]) -> str:
     digests = _digests(sidecars)
     given = arguments.files("input")
     by_argument = {argument: [digests[str(path)] for path in group] for argument, group in given.items()}
-    return provenance.stage_key(stage, config, by_argument, code)
+    return stage_key(stage, config, by_argument, code)
 
 
 def finish(run: Run, record: dict[str, Any], output: Path, log_file: Path | None) -> None:
@@ -292,12 +288,12 @@ def finish(run: Run, record: dict[str, Any], output: Path, log_file: Path | None
     The sidecar's `mlflow_run_id` becomes null where the store did not take everything.
     """
     run.metrics({"seconds": record["seconds"], "peak_memory_megabytes": record["peak_memory_megabytes"]})
-    sidecar = provenance.sidecar_path(output)
+    sidecar = sidecar_path(output)
     run.describe(record, output)
     run.files([*(output.parent / name for name in record["outputs"]), sidecar])
     run.close("FINISHED", log_file, _milliseconds(record["started"]) + round(1000 * record["seconds"]))
     if run.mlflow_run_id != record["mlflow_run_id"]:
-        provenance.write_json(sidecar, record | {"mlflow_run_id": run.mlflow_run_id})
+        write_json(sidecar, record | {"mlflow_run_id": run.mlflow_run_id})
 
 
 def open_store(uri: str) -> tuple[Any, str]:
@@ -358,7 +354,7 @@ def _tags(record: dict[str, Any]) -> dict[str, str]:
         **{key: str(record["config"][key]) for key in INSTANCE_KEYS if key in record["config"]},
         **({"warning": "; ".join(record["warnings"])} if record.get("warnings") else {}),
         # What MLflow's pages show as a run's source and user.
-        "mlflow.source.name": f"{provenance.PACKAGE}.{record['stage']}",
+        "mlflow.source.name": f"{PACKAGE}.stages.{record['stage']}",
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit.removesuffix("+changes"),
         "mlflow.user": process.username(),
@@ -407,7 +403,7 @@ def _first_use(uri: str) -> Iterator[None]:
 
             for left in path.parent.glob(f".{path.name}.*-journal"):
                 left.unlink()
-            with provenance.replacing(path) as new:
+            with replacing(path) as new:
                 MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
         with contextlib.closing(sqlite3.connect(path, timeout=WRITING_SECONDS)) as database:
             database.execute("BEGIN IMMEDIATE")

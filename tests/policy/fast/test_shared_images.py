@@ -9,9 +9,9 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from workflow_scripts.configuration.model import Configuration
-from workflow_scripts.policy.loading import load_processor
-from workflow_scripts.policy.fast.shared_images import ImagesOnce, process_images_once
 from workflow_scripts.configuration.stages import ModelConfig
+from workflow_scripts.policy.fast.shared_images import ImagesOnce, process_images_once
+from workflow_scripts.policy.loading import load_processor
 
 
 @pytest.fixture

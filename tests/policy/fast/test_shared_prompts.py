@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
 from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.stages import ModelConfig
+from workflow_scripts.policy.fast.shared_prompts import SharedPrompts, first_equal, share_prompts, shared_prefix
 from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.policy.fast.shared_prompts import SharedPrompts, first_equal, share_prompts, shared_prefix
-from workflow_scripts.configuration.stages import ModelConfig
 
 LORA = {"r": 4, "target_modules": r".*language_model.*\.(q_proj|v_proj|down_proj)", "task_type": "CAUSAL_LM"}
 COMPLETIONS = ["a red circle", "blue, and big", "<think>", "a red circle", "", "none of it is there"]

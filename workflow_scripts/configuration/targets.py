@@ -1,0 +1,110 @@
+"""Files that the Snakefile asks for, and the raw files that they are made from."""
+
+from workflow_scripts.configuration.model import Configuration, Dataset, Track
+from workflow_scripts.configuration.stages import VALIDATION_FROM, uses_own_data
+from workflow_scripts.files.paths import ROOT, from_here
+
+FIGURES = (
+    *("training_curves", "mean_at_k", "calibration_pairs", "calibration_ratings", "answers", "rank_distance"),
+    *("confidence", "tie_rules", "presentation_order", "anchor_rank"),
+)
+
+
+def shards(c: Configuration, test: Dataset) -> list[int]:
+    """Numbers of the shards that cover the test prompts."""
+    return list(range(-(-getattr(c.datasets, test).test_prompts // c.rollouts.shard_prompts)))
+
+
+def gallery_shards(c: Configuration, test: Dataset) -> list[int]:
+    """Numbers of the shards that hold the prompts of the gallery: the first in hash order."""
+    prompts = min(c.report.gallery_prompts, getattr(c.datasets, test).test_prompts)
+    return list(range(-(-prompts // c.rollouts.shard_prompts)))
+
+
+def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
+    """(track, policy, test, seed) of every accuracy that the tables need; cross rows are of trained policies only."""
+    own: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in ("zeroshot", "grpo")]
+    cross: list[tuple[Track, str, Dataset]] = [(x.track, "grpo", x.test) for x in c.cross_tests]
+    return [(*case, seed) for case in own + cross for seed in c.seeds]
+
+
+def accuracy_files(c: Configuration) -> list[str]:
+    """Accuracies that the tables are made from."""
+    return [f"{c.results}/accuracy/{t}/{policy}/seed{seed}/{test}.json" for t, policy, test, seed in measured(c)]
+
+
+def score_files(c: Configuration) -> list[str]:
+    """Scores of every policy on every test set of the tables."""
+    return [f"{c.results}/scores/{t}/{policy}/seed{seed}/{test}.parquet" for t, policy, test, seed in measured(c)]
+
+
+def rollout_files(c: Configuration) -> list[str]:
+    """Rollouts of the same: all shards and blocks."""
+    return [
+        f"{c.results}/rollouts/{t}/{policy}/seed{seed}/{test}/{shard:04d}-{block:04d}.parquet"
+        for t, policy, test, seed in measured(c)
+        for shard in shards(c, test)
+        for block in range(c.rollouts.blocks)
+    ]
+
+
+def test_sets(c: Configuration) -> list[Dataset]:
+    """Data sets that any policy is tested on."""
+    return list(dict.fromkeys(test for _, _, test, _ in measured(c)))
+
+
+def gallery_files(c: Configuration) -> list[str]:
+    """Galleries of every policy on every test set of the tables."""
+    return [f"{c.results}/gallery/{t}/{policy}/seed{seed}/{test}.parquet" for t, policy, test, seed in measured(c)]
+
+
+def dataset_record(c: Configuration, dataset: Dataset) -> str:
+    """Record of the raw data set; synthetic and published data never share a folder, and own data are not copied."""
+    if dataset == "own":
+        return f"{c.results}/datasets/own/dataset.json"
+    return f"{c.downloads}/{getattr(c.datasets, dataset).source}/{dataset}/dataset.json"
+
+
+def bundled_files(c: Configuration) -> list[str]:
+    """Files of the bundled policy that a changed model would change.
+
+    Relative to the working directory where they are in it: a moved repository has the same inputs.
+    """
+    if c.policy.source != "bundled":
+        return []
+    return from_here(sorted((ROOT / c.policy.bundled).glob("*.safetensors")))
+
+
+def own_files(c: Configuration) -> list[str]:
+    """The user's table, and all other files of its folder: a changed image is another data set. None if not used."""
+    if not uses_own_data(c):
+        return []
+    own = c.datasets.own
+    folder = ROOT / own.folder
+    images = [
+        path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".csv", ".jsonl", ".parquet")
+    ]
+    return from_here([folder / own.annotations, *sorted(images)])
+
+
+def ranked_images(c: Configuration) -> list[str]:
+    """The user's table and the images to rank that are there; none where nothing is to be ranked."""
+    if not c.ranking.images:
+        return []
+    from workflow_scripts.ranking.listing import listed  # here, so that no stage loads it
+
+    given = ROOT / c.ranking.images
+    paths = {one.path for one in listed(given, c.ranking.prompt)}
+    return from_here([*([given] if given.is_file() else []), *sorted(path for path in paths if path.is_file())])
+
+
+def ranking_files(c: Configuration) -> list[str]:
+    """Ranking of the user's images, where there are some to rank."""
+    endings = ("csv", "jsonl", "html") if c.ranking.images else ()
+    return [f"{c.results}/ranking/ranking.{ending}" for ending in endings]
+
+
+def separate_training_preferences(c: Configuration, dataset: Dataset) -> list[str]:
+    """Training annotations that a validation split must not overlap with; none where it is drawn from them."""
+    own = VALIDATION_FROM[dataset] == "validation"
+    return [f"{c.results}/datasets/{dataset}/train/preferences.parquet"] if own else []
