@@ -9,6 +9,7 @@
 # The parameters of every rule are two strings: the canonical configuration it uses and the digest of its code.
 import gc
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,8 @@ from workflow_scripts.configuration.model import load
 from workflow_scripts.running.locks import Lock
 from workflow_scripts.running.code_digest import code_digest
 from workflow_scripts.running.environment import stage_environment
-from workflow_scripts.commands.verify import refuse_unrecorded
+from workflow_scripts.running.mismatches import refuse_unrecorded
+from workflow_scripts.running.provenance import SUFFIX
 
 
 configfile: os.path.join(workflow.basedir, "config.yaml")
@@ -44,14 +46,14 @@ onstart:
     LOCK.acquire()
 
 
-# What only an end needs is imported there: a dry run does without.
+# Imported lazily so that dry runs start fast.
 onsuccess:
     from workflow_scripts.commands import log_runs, register, summary
 
     LOCK.release()
     summary.tell_success(configuration, STARTED)
     log_runs.remind(configuration)
-    register.at_the_end(configuration)
+    register.register_at_the_end(configuration)
 
 
 onerror:
@@ -87,6 +89,7 @@ rule all:
         targets.ranking_files(configuration),
 
 
+include: "rules/common.smk"
 include: "rules/datasets.smk"
 include: "rules/policies.smk"
 include: "rules/training.smk"

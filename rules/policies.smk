@@ -4,22 +4,23 @@
 rule cold_start_policy:
     output:
         model=f"{RESULTS}/policies/cold_start/model.safetensors",
-        provenance=f"{RESULTS}/policies/cold_start/model.safetensors.provenance.json",
+        provenance=f"{RESULTS}/policies/cold_start/model.safetensors{SUFFIX}",
     log:
         f"{RESULTS}/logs/cold_start_policy.log",
     benchmark:
         f"{RESULTS}/benchmarks/cold_start_policy.tsv"
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     threads: configuration.numeric_threads
     resources:
-        **jobs.job_resources(configuration, "cold_start_policy"),
+        **resources_of("cold_start_policy"),
     params:
-        config=lambda w: stages.ColdStartPolicy.of(configuration).canonical(),
-        code=code_digest("cold_start_policy"),
+        **stage("cold_start_policy"),
     shell:
-        "python -m workflow_scripts.stages.cold_start_policy --model {output.model}"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "cold_start_policy",
+            "--model {output.model:q}",
+        )
 
 
 rule prepare_base_policy:
@@ -32,17 +33,18 @@ rule prepare_base_policy:
         bundled=targets.bundled_files(configuration),
     output:
         manifest=f"{RESULTS}/policies/base/manifest.json",
-        provenance=f"{RESULTS}/policies/base/manifest.json.provenance.json",
+        provenance=f"{RESULTS}/policies/base/manifest.json{SUFFIX}",
     log:
         f"{RESULTS}/logs/prepare_base_policy.log",
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     resources:
-        **jobs.job_resources(configuration, "prepare_base_policy"),
+        **resources_of("prepare_base_policy"),
     params:
-        config=lambda w: stages.PrepareBasePolicy.of(configuration).canonical(),
-        code=code_digest("prepare_base_policy"),
+        **stage("prepare_base_policy"),
     shell:
-        "python -m workflow_scripts.stages.prepare_base_policy --manifest {output.manifest}"
-        " $(test -z '{input.cold_start}' || echo --cold_start {input.cold_start})"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "prepare_base_policy",
+            "--manifest {output.manifest:q}",
+            "--cold_start {input.cold_start:q}",
+        )

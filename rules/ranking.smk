@@ -12,21 +12,21 @@ rule rank_own_images:
         table=f"{RESULTS}/ranking/ranking.csv",
         rows=f"{RESULTS}/ranking/ranking.jsonl",
         page=f"{RESULTS}/ranking/ranking.html",
-        provenance=f"{RESULTS}/ranking/ranking.csv.provenance.json",
+        provenance=f"{RESULTS}/ranking/ranking.csv{SUFFIX}",
     log:
         f"{RESULTS}/logs/rank_own_images.log",
     benchmark:
         f"{RESULTS}/benchmarks/rank_own_images.tsv"
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     threads: configuration.numeric_threads
     resources:
-        **jobs.job_resources(configuration, "rank_own_images"),
+        **resources_of("rank_own_images"),
     params:
-        config=lambda w: stages.RankOwnImages.of(configuration).canonical(),
-        code=code_digest("rank_own_images", "transformers"),
+        **stage("rank_own_images"),
     shell:
-        f"{jobs.launcher(configuration, 'rank_own_images')} -m workflow_scripts.stages.rank_own_images"
-        " --base {input.base} --adapter {input.adapter}"
-        " --table {output.table} --rows {output.rows} --page {output.page}"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "rank_own_images",
+            "--base {input.base:q} --adapter {input.adapter:q}",
+            "--table {output.table:q} --rows {output.rows:q} --page {output.page:q}",
+        )

@@ -4,9 +4,10 @@
 rule make_gallery:
     input:
         rollouts=lambda w: expand(
-            f"{RESULTS}/rollouts/{w.track}/{w.policy}/seed{w.seed}/{w.test}/{{shard:04d}}-{{block:04d}}.parquet",
-            shard=targets.gallery_shards(configuration, w.test),
-            block=range(configuration.rollouts.blocks),
+            rules.generate_rollouts.output.rollouts,
+            **w,
+            shard=[f"{n:04d}" for n in targets.gallery_shards(configuration, w.test)],
+            block=[f"{n:04d}" for n in range(configuration.rollouts.blocks)],
         ),
         scores=rules.score_rollouts.output.scores,
         subset=f"{RESULTS}/datasets/{{test}}/test/subset.parquet",
@@ -16,23 +17,22 @@ rule make_gallery:
         ),
     output:
         gallery=f"{RESULTS}/gallery/{{track}}/{{policy}}/seed{{seed}}/{{test}}.parquet",
-        provenance=f"{RESULTS}/gallery/{{track}}/{{policy}}/seed{{seed}}/{{test}}.parquet.provenance.json",
+        provenance=f"{RESULTS}/gallery/{{track}}/{{policy}}/seed{{seed}}/{{test}}.parquet{SUFFIX}",
     log:
         f"{RESULTS}/logs/make_gallery/{{track}}-{{policy}}-seed{{seed}}-{{test}}.log",
-    priority: 1  # before the tables, whose runs then stand on top of MLflow's list
+    priority: 1  # before the tables, whose runs then stand on top of the list in MLflow
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     resources:
-        **jobs.job_resources(configuration, "make_gallery"),
+        **resources_of("make_gallery"),
     params:
-        config=lambda w: stages.MakeGallery.of(
-            configuration, w.track, w.policy, w.test, int(w.seed)
-        ).canonical(),
-        code=code_digest("make_gallery"),
+        **stage("make_gallery"),
     shell:
-        "python -m workflow_scripts.stages.make_gallery {input.rollouts} --scores {input.scores} --subset {input.subset}"
-        " $(printf -- '--images %s ' {input.images}) --output {output.gallery}"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "make_gallery",
+            "{input.rollouts:q} --scores {input.scores:q}",
+            "--subset {input.subset:q} --images {input.images:q} --output {output.gallery:q}",
+        )
 
 
 rule make_figures:
@@ -51,74 +51,30 @@ rule make_figures:
     output:
         tables=expand(f"{RESULTS}/figures/{{name}}.csv", name=targets.FIGURES),
         images=expand(f"{RESULTS}/figures/{{name}}.png", name=targets.FIGURES),
-        training_curves=report(
-            f"{RESULTS}/figures/training_curves.svg",
-            caption="../report/captions/training_curves.rst",
-            category="Figures",
-        ),
-        mean_at_k=report(
-            f"{RESULTS}/figures/mean_at_k.svg",
-            caption="../report/captions/mean_at_k.rst",
-            category="Figures",
-        ),
-        calibration_pairs=report(
-            f"{RESULTS}/figures/calibration_pairs.svg",
-            caption="../report/captions/calibration_pairs.rst",
-            category="Figures",
-        ),
-        calibration_ratings=report(
-            f"{RESULTS}/figures/calibration_ratings.svg",
-            caption="../report/captions/calibration_ratings.rst",
-            category="Figures",
-        ),
-        answers=report(
-            f"{RESULTS}/figures/answers.svg",
-            caption="../report/captions/answers.rst",
-            category="Figures",
-        ),
-        rank_distance=report(
-            f"{RESULTS}/figures/rank_distance.svg",
-            caption="../report/captions/rank_distance.rst",
-            category="Figures",
-        ),
-        confidence=report(
-            f"{RESULTS}/figures/confidence.svg",
-            caption="../report/captions/confidence.rst",
-            category="Figures",
-        ),
-        tie_rules=report(
-            f"{RESULTS}/figures/tie_rules.svg",
-            caption="../report/captions/tie_rules.rst",
-            category="Figures",
-        ),
-        presentation_order=report(
-            f"{RESULTS}/figures/presentation_order.svg",
-            caption="../report/captions/presentation_order.rst",
-            category="Figures",
-        ),
-        anchor_rank=report(
-            f"{RESULTS}/figures/anchor_rank.svg",
-            caption="../report/captions/anchor_rank.rst",
-            category="Figures",
-        ),
-        provenance=f"{RESULTS}/figures/{targets.FIGURES[0]}.csv.provenance.json",
+        drawings=[
+            report(
+                f"{RESULTS}/figures/{name}.svg",
+                caption=f"../report/captions/{name}.rst",
+                category="Figures",
+            )
+            for name in targets.FIGURES
+        ],
+        provenance=f"{RESULTS}/figures/{targets.FIGURES[0]}.csv{SUFFIX}",
     log:
         f"{RESULTS}/logs/make_figures.log",
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     resources:
-        **jobs.job_resources(configuration, "make_figures"),
+        **resources_of("make_figures"),
     params:
-        config=lambda w: stages.MakeFigures.of(configuration).canonical(),
-        code=code_digest("make_figures"),
+        **stage("make_figures"),
     shell:
-        "python -m workflow_scripts.stages.make_figures {input.rollouts}"
-        " $(printf -- '--scores %s ' {input.scores}) $(printf -- '--subsets %s ' {input.subsets})"
-        " $(printf -- '--adapters %s ' {input.adapters})"
-        " $(printf -- '--figures %s ' {output.tables} {output.images} {output.training_curves} {output.mean_at_k}"
-        " {output.calibration_pairs} {output.calibration_ratings} {output.answers} {output.rank_distance}"
-        " {output.confidence} {output.tie_rules} {output.presentation_order} {output.anchor_rank})"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "make_figures",
+            "{input.rollouts:q} --scores {input.scores:q}",
+            "--subsets {input.subsets:q} --adapters {input.adapters:q}",
+            "--figures {output.tables:q} {output.images:q} {output.drawings:q}",
+        )
 
 
 rule make_report:
@@ -129,7 +85,7 @@ rule make_report:
             rules.make_tables.output.comparisons,
         ],
         figures=rules.make_figures.output.tables[0],
-        drawings=[path for path in rules.make_figures.output if path.endswith(".svg")],
+        drawings=rules.make_figures.output.drawings,
         galleries=targets.gallery_files(configuration),
     output:
         page=report(
@@ -137,17 +93,18 @@ rule make_report:
             caption="../report/captions/report.rst",
             category="Report",
         ),
-        provenance=f"{RESULTS}/report.html.provenance.json",
+        provenance=f"{RESULTS}/report.html{SUFFIX}",
     log:
         f"{RESULTS}/logs/make_report.log",
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     resources:
-        **jobs.job_resources(configuration, "make_report"),
+        **resources_of("make_report"),
     params:
-        config=lambda w: stages.MakeReport.of(configuration).canonical(),
-        code=code_digest("make_report"),
+        **stage("make_report"),
     shell:
-        "python -m workflow_scripts.stages.make_report {input.galleries} --table1 {input.table1} --figures {input.figures}"
-        " --page {output.page}"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "make_report",
+            "{input.galleries:q} --table1 {input.table1:q}",
+            "--figures {input.figures:q} --page {output.page:q}",
+        )

@@ -11,30 +11,21 @@ rule generate_rollouts:
         images=f"{RESULTS}/datasets/{{test}}/test/images-{{shard}}.parquet",
     output:
         rollouts=f"{RESULTS}/rollouts/{{track}}/{{policy}}/seed{{seed}}/{{test}}/{{shard}}-{{block}}.parquet",
-        provenance=f"{RESULTS}/rollouts/{{track}}/{{policy}}/seed{{seed}}/{{test}}/{{shard}}-{{block}}.parquet.provenance.json",
+        provenance=f"{RESULTS}/rollouts/{{track}}/{{policy}}/seed{{seed}}/{{test}}/{{shard}}-{{block}}.parquet{SUFFIX}",
     log:
         f"{RESULTS}/logs/generate_rollouts/{{track}}-{{policy}}-seed{{seed}}-{{test}}-{{shard}}-{{block}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/generate_rollouts/{{track}}-{{policy}}-seed{{seed}}-{{test}}-{{shard}}-{{block}}.tsv"
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     threads: configuration.numeric_threads
     resources:
-        **jobs.job_resources(configuration, "generate_rollouts"),
+        **resources_of("generate_rollouts"),
     params:
-        config=lambda w: stages.GenerateRollouts.of(
-            configuration,
-            w.track,
-            w.policy,
-            w.test,
-            int(w.seed),
-            int(w.shard),
-            int(w.block),
-        ).canonical(),
-        code=code_digest("generate_rollouts", configuration.rollouts.engine),
+        **stage("generate_rollouts"),
     shell:
-        f"{jobs.launcher(configuration, 'generate_rollouts')} -m workflow_scripts.stages.generate_rollouts"
-        " --base {input.base}"
-        " $(test -z '{input.adapter}' || echo --adapter {input.adapter})"
-        " --subset {input.subset} --images {input.images} --output {output.rollouts}"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "generate_rollouts",
+            "--base {input.base:q} --adapter {input.adapter:q} --subset {input.subset:q} --images {input.images:q}",
+            "--output {output.rollouts:q}",
+        )

@@ -4,27 +4,27 @@
 rule score_rollouts:
     input:
         rollouts=lambda w: expand(
-            f"{RESULTS}/rollouts/{w.track}/{w.policy}/seed{w.seed}/{w.test}/{{shard:04d}}-{{block:04d}}.parquet",
-            shard=targets.shards(configuration, w.test),
-            block=range(configuration.rollouts.blocks),
+            rules.generate_rollouts.output.rollouts,
+            **w,
+            shard=[f"{n:04d}" for n in targets.shards(configuration, w.test)],
+            block=[f"{n:04d}" for n in range(configuration.rollouts.blocks)],
         ),
     output:
         scores=f"{RESULTS}/scores/{{track}}/{{policy}}/seed{{seed}}/{{test}}.parquet",
-        provenance=f"{RESULTS}/scores/{{track}}/{{policy}}/seed{{seed}}/{{test}}.parquet.provenance.json",
+        provenance=f"{RESULTS}/scores/{{track}}/{{policy}}/seed{{seed}}/{{test}}.parquet{SUFFIX}",
     log:
         f"{RESULTS}/logs/score_rollouts/{{track}}-{{policy}}-seed{{seed}}-{{test}}.log",
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     resources:
-        **jobs.job_resources(configuration, "score_rollouts"),
+        **resources_of("score_rollouts"),
     params:
-        config=lambda w: stages.ScoreRollouts.of(
-            configuration, w.track, w.policy, w.test, int(w.seed)
-        ).canonical(),
-        code=code_digest("score_rollouts"),
+        **stage("score_rollouts"),
     shell:
-        "python -m workflow_scripts.stages.score_rollouts {input.rollouts} --output {output.scores}"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "score_rollouts",
+            "{input.rollouts:q} --output {output.scores:q}",
+        )
 
 
 rule measure_accuracy:
@@ -35,19 +35,18 @@ rule measure_accuracy:
     output:
         accuracy=f"{RESULTS}/accuracy/{{track}}/{{policy}}/seed{{seed}}/{{test}}.json",
         prompts=f"{RESULTS}/accuracy/{{track}}/{{policy}}/seed{{seed}}/{{test}}-prompts.parquet",
-        provenance=f"{RESULTS}/accuracy/{{track}}/{{policy}}/seed{{seed}}/{{test}}.json.provenance.json",
+        provenance=f"{RESULTS}/accuracy/{{track}}/{{policy}}/seed{{seed}}/{{test}}.json{SUFFIX}",
     log:
         f"{RESULTS}/logs/measure_accuracy/{{track}}-{{policy}}-seed{{seed}}-{{test}}.log",
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     resources:
-        **jobs.job_resources(configuration, "measure_accuracy"),
+        **resources_of("measure_accuracy"),
     params:
-        config=lambda w: stages.MeasureAccuracy.of(
-            configuration, w.track, w.policy, w.test, int(w.seed)
-        ).canonical(),
-        code=code_digest("measure_accuracy"),
+        **stage("measure_accuracy"),
     shell:
-        "python -m workflow_scripts.stages.measure_accuracy --scores {input.scores} --subset {input.subset}"
-        " --dataset_record {input.record} --output {output.accuracy} --prompts {output.prompts}"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "measure_accuracy",
+            "--scores {input.scores:q} --subset {input.subset:q}",
+            "--dataset_record {input.record:q} --output {output.accuracy:q} --prompts {output.prompts:q}",
+        )

@@ -1,4 +1,4 @@
-# The paper's tables, the comparisons behind them and what they would be under other rules.
+# The tables of the paper, the comparisons behind them, and the same accuracies under other rules.
 
 
 rule make_tables:
@@ -17,40 +17,28 @@ rule make_tables:
             seed=configuration.seeds,
         ),
     output:
-        table1=report(
-            f"{RESULTS}/table1.csv",
-            caption="../report/captions/table1.rst",
-            category="Tables",
-        ),
-        table2=report(
-            f"{RESULTS}/table2.csv",
-            caption="../report/captions/table2.rst",
-            category="Tables",
-        ),
-        comparisons=report(
-            f"{RESULTS}/comparisons.csv",
-            caption="../report/captions/comparisons.rst",
-            category="Tables",
-        ),
-        sensitivity=report(
-            f"{RESULTS}/sensitivity.csv",
-            caption="../report/captions/sensitivity.rst",
-            category="Tables",
-        ),
+        **{
+            name: report(
+                f"{RESULTS}/{name}.csv",
+                caption=f"../report/captions/{name}.rst",
+                category="Tables",
+            )
+            for name in ("table1", "table2", "comparisons", "sensitivity")
+        },
         markdown=f"{RESULTS}/tables.md",
-        provenance=f"{RESULTS}/table1.csv.provenance.json",
+        provenance=f"{RESULTS}/table1.csv{SUFFIX}",
     log:
         f"{RESULTS}/logs/make_tables.log",
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     resources:
-        **jobs.job_resources(configuration, "make_tables"),
+        **resources_of("make_tables"),
     params:
-        config=lambda w: stages.MakeTables.of(configuration).canonical(),
-        code=code_digest("make_tables"),
+        **stage("make_tables"),
     shell:
-        "python -m workflow_scripts.stages.make_tables {input.accuracies} --base {input.base}"
-        " $(printf -- '--adapters %s ' {input.adapters})"
-        " --table1 {output.table1} --table2 {output.table2} --comparisons {output.comparisons}"
-        " --sensitivity {output.sensitivity} --markdown {output.markdown}"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "make_tables",
+            "{input.accuracies:q} --base {input.base:q}",
+            "--adapters {input.adapters:q} --table1 {output.table1:q} --table2 {output.table2:q}",
+            "--comparisons {output.comparisons:q} --sensitivity {output.sensitivity:q} --markdown {output.markdown:q}",
+        )

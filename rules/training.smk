@@ -12,27 +12,24 @@ rule train_grpo:
         adapter=f"{RESULTS}/policies/{{track}}/seed{{seed}}/adapter_model.safetensors",
         adapter_config=f"{RESULTS}/policies/{{track}}/seed{{seed}}/adapter_config.json",
         record=f"{RESULTS}/policies/{{track}}/seed{{seed}}/training.json",
-        provenance=f"{RESULTS}/policies/{{track}}/seed{{seed}}/adapter_model.safetensors.provenance.json",
+        provenance=f"{RESULTS}/policies/{{track}}/seed{{seed}}/adapter_model.safetensors{SUFFIX}",
     log:
         f"{RESULTS}/logs/train_grpo/{{track}}-seed{{seed}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/train_grpo/{{track}}-seed{{seed}}.tsv"
     priority: 10  # the longest jobs start before the zero-shot rollouts, which fill the cores beside them
     conda:
-        "../envs/softpref.yaml"
+        ENVIRONMENT
     threads: configuration.numeric_threads * configuration.distributed.processes
     resources:
-        **jobs.job_resources(configuration, "train_grpo"),
+        **resources_of("train_grpo"),
     params:
-        config=lambda w: stages.TrainGrpo.of(
-            configuration, w.track, int(w.seed)
-        ).canonical(),
-        code=code_digest("train_grpo", "transformers"),
+        **stage("train_grpo"),
     shell:
-        f"{jobs.launcher(configuration, 'train_grpo')} -m workflow_scripts.stages.train_grpo"
-        " --base {input.base} --train {input.train}"
-        " --train_images {input.train_images} --validation {input.validation}"
-        " --validation_images {input.validation_images} --adapter {output.adapter}"
-        " --adapter_config {output.adapter_config} --record {output.record}"
-        f" --checkpoints {RESULTS}/checkpoints"
-        " --config {params.config:q} --code_digest {params.code} --log_file {log} &> {log}"
+        command(
+            "train_grpo",
+            "--base {input.base:q} --train {input.train:q} --train_images {input.train_images:q}",
+            "--validation {input.validation:q} --validation_images {input.validation_images:q}",
+            "--adapter {output.adapter:q} --adapter_config {output.adapter_config:q} --record {output.record:q}",
+            f"--checkpoints {shlex.quote(RESULTS)}/checkpoints",
+        )

@@ -352,7 +352,7 @@ def test_logging_twice_logs_once(
 
 def command(folder: Path, uri: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m workflow_scripts log-runs`."""
-    words = [sys.executable, "-m", "workflow_scripts.commands.log_runs", *options]
+    words = [sys.executable, "-m", "workflow_scripts", "log-runs", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
 

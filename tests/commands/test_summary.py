@@ -110,7 +110,7 @@ def test_the_line_that_says_why(log: str, line: str, tmp_path: Path) -> None:
 
 def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command."""
-    command = [sys.executable, "-m", "workflow_scripts.commands.summary", *words]
+    command = [sys.executable, "-m", "workflow_scripts", "summary", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
@@ -124,7 +124,7 @@ def test_as_a_command(results: Path, tmp_path: Path) -> None:
 
 def test_a_terminal_gets_lines_and_colours(results: Path) -> None:
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "workflow_scripts.commands.summary", "--results", str(results)]
+    command = [sys.executable, "-m", "workflow_scripts", "summary", "--results", str(results)]
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
     environment.pop("NO_COLOR", None)
     read: list[bytes] = []

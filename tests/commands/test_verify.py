@@ -1,15 +1,14 @@
 """Which folders the command checks; what it finds in one is in workflow/test_mismatches.py."""
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from workflow_scripts.__main__ import main
 from workflow_scripts.commands.log_runs import recorded
-from workflow_scripts.commands.verify import main
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.stages import SelectSubset
 from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
@@ -35,9 +34,8 @@ def test_what_cannot_be_checked_is_said(
     path = tmp_path / "mine.yaml"
     if overlay is not None:
         path.write_text(overlay)
-    monkeypatch.setattr(sys, "argv", ["verify_results", str(tmp_path), "--configfile", str(path)])
     with pytest.raises(SystemExit) as stop:
-        main()
+        main(["verify", str(tmp_path), "--configfile", str(path)])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and re.search(told, said), said
 
@@ -64,13 +62,13 @@ def test_a_results_folder_in_another_is_left_out(
     def misfits(folder: Path) -> str:
         overlay = tmp_path / "overlay.yaml"
         overlay.write_text(f"results: {folder}\n")
-        words = ["verify_results", str(folder), "--remove"]
-        monkeypatch.setattr(sys, "argv", words)
+        words = ["verify", str(folder), "--remove"]
         with pytest.raises(SystemExit):
-            main()
+            main(words)
         assert "is not the results folder of this configuration, results; name its overlays" in capsys.readouterr().err
-        monkeypatch.setattr(sys, "argv", [*words, "--configfile", str(overlay)])
-        code, said = main(), capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--configfile", str(overlay)])
+        code, said = stop.value.code, capsys.readouterr().out
         assert (code == 1) == ("seed = 1" in said) == ("do not fit." in said)
         return said
 

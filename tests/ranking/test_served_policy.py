@@ -21,7 +21,14 @@ import pytest
 from PIL import Image
 
 from workflow_scripts.commands.log_runs import log_runs
-from workflow_scripts.commands.register import ADAPTER, RECORD, at_the_end, needs_registration, register, register_all
+from workflow_scripts.commands.register import (
+    ADAPTER,
+    RECORD,
+    needs_registration,
+    register,
+    register_all,
+    register_at_the_end,
+)
 from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.ranking.judge import Judge
@@ -104,12 +111,12 @@ def test_a_run_that_was_logged_again_has_one_version(results: Path, tmp_path: Pa
 
 def test_the_end_of_a_workflow_registers_what_is_missing(results: Path, capfd: Any) -> None:
     configuration = load({"results": str(results), "tracking": {"uri": os.environ["MLFLOW_TRACKING_URI"]}})
-    at_the_end(configuration)
+    register_at_the_end(configuration)
     assert capfd.readouterr().out == ""
     (results / "policies/hpsv2/seed0" / RECORD).unlink()
-    at_the_end(configuration)
+    register_at_the_end(configuration)
     assert "softpref-hpsv2, version 1, was there" in capfd.readouterr().out
-    at_the_end(
+    register_at_the_end(
         configuration.model_copy(update={"tracking": configuration.tracking.model_copy(update={"enabled": False})})
     )
     assert capfd.readouterr().out == ""
@@ -120,7 +127,7 @@ def test_a_store_that_is_away_costs_nothing(
 ) -> None:
     (results / "policies/hpsv2/seed0" / RECORD).unlink(missing_ok=True)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}")
-    at_the_end(load({"results": str(results)}))
+    register_at_the_end(load({"results": str(results)}))
     assert "error: not registered:" in capfd.readouterr().err
     assert needs_registration(results / "policies/hpsv2/seed0")
 

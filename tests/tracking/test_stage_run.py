@@ -18,9 +18,11 @@ from workflow_scripts.configuration.stages import SelectSubset
 from workflow_scripts.files.digests import file_digest
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.preferences.schema import PREFERENCES, write_preferences
+from workflow_scripts.ranking.traces import log_gallery
 from workflow_scripts.running.provenance import git_commit, verify
 from workflow_scripts.stages.select_subset import Arguments
-from workflow_scripts.tracking.stage_run import open_store, run_stage
+from workflow_scripts.tracking.stage_run import run_stage
+from workflow_scripts.tracking.store import open_store
 
 CONFIG = SelectSubset.of(Configuration(), "imagereward", "test")
 TURNS = 10
@@ -218,7 +220,7 @@ def test_images_of_a_gallery_are_traces_of_its_run(store: Any, preferences: Path
     for number in (2, 1):  # a rerun replaces its predecessor's, too
         with run_stage(Arguments.parse(words(preferences, output))) as run:
             output.write_text("result")
-            run.gallery_traces(rows, number)
+            log_gallery(run, rows, number)
     (found,) = store()
     client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     experiment = found.info.experiment_id
@@ -354,7 +356,7 @@ def test_eight_processes_may_open_a_cold_store_at_once_ten_times(store: Any, pre
 KILLED_WHILE_OPENING = """
 import contextlib, os, sys, threading
 from pathlib import Path
-from workflow_scripts.tracking.stage_run import open_store
+from workflow_scripts.tracking.store import open_store
 
 def strike():
     while True:

@@ -34,7 +34,7 @@ def refused(workflow: Workflow, *options: str, rate: bool = False) -> str:
 
 def verify_results(workflow: Workflow, *options: str, overlay: dict[str, Any] | None = None) -> tuple[int, str]:
     """Exit code and output of the command."""
-    command = [sys.executable, "-m", "workflow_scripts.commands.verify", "results/test", *options]
+    command = [sys.executable, "-m", "workflow_scripts", "verify", "results/test", *options]
     command += ["--configfile", "configs/test.yaml"]
     if overlay:
         (workflow.folder / ".overlay.yaml").write_text(yaml.safe_dump(overlay))

@@ -1,39 +1,62 @@
-"""Log results to MLflow afterwards: every stage instance of a results folder that the store does not have.
+"""`log-runs`: log results to MLflow that its store does not have."""
 
-python -m workflow_scripts log-runs results
-
-For results that were made while the store was away or tracking was off, or to fill another store. Run it in the folder
-where snakemake ran. It may be run again: what the store has, by stage_key, is not logged twice. What a run of the stage
-would have logged is taken from its provenance file, its outputs and its log; training curves from training.json.
-"""
-
-import argparse
 import contextlib
 import itertools
 import json
-import logging
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.commands.register import ADAPTER, KEYS, register_all
-from workflow_scripts.configuration.model import Configuration, ConfigurationError, Tracking, load
+from pydantic_settings import CliPositionalArg
+
+from workflow_scripts.commands.register import ADAPTER, Store, register_all
+from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.files.instances import instance_name
 from workflow_scripts.files.records import ProvenanceError
-from workflow_scripts.files.redaction import redact_output, redacted
+from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import write_json
-from workflow_scripts.running.command_line import tell_briefly
-from workflow_scripts.running.environment import stage_environment
-from workflow_scripts.running.locks import Lock, LockedError
+from workflow_scripts.running.locks import Lock
 from workflow_scripts.running.provenance import SUFFIX, read_sidecar, sidecar_path, sidecars, verify
 from workflow_scripts.tracking.pages import NOTE, run_note
-from workflow_scripts.tracking.stage_run import Run, finish, finished_runs, open_store
+from workflow_scripts.tracking.run import Run
+from workflow_scripts.tracking.store import finished_runs, open_store
 
 
 class NotLoggedError(RuntimeError):
     """The store did not take a run."""
+
+
+class LogRuns(Store):
+    """Log every stage instance of a results folder that the MLflow store does not have.
+
+    For results that were made while the store was away or tracking was off, or to fill another store. Run it in the
+    folder where snakemake ran, and as often as you like: a stage_key that the store has is not logged twice. What a run
+    of the stage would have logged comes from its provenance file, its outputs and its log; training curves come from
+    training.json.
+
+    example: python -m workflow_scripts log-runs results
+    """
+
+    folders: CliPositionalArg[list[Path]]
+    """Results folders; a downloads folder elsewhere, too."""
+
+    def cli_cmd(self) -> None:
+        """Log, then register the policies whose runs are there now; exit with 1 where anything fails."""
+        for folder in self.folders:
+            if not folder.is_dir():
+                raise NotLoggedError(f"{folder} is not a folder; name the results folder")
+        self.enter()
+        logged, there, damaged = log_runs(self.folders)
+        print(f"{logged} logged, {there} were there")
+        if damaged:
+            sys.exit("\n".join([f"{len(damaged)} not logged:", *damaged]))
+        policies = [
+            path.parent for folder in self.folders for path in sorted(folder.glob(f"policies/*/seed*/{ADAPTER}"))
+        ]
+        if failed := register_all(policies):
+            sys.exit("\n".join(f"not registered: {problem}" for problem in failed))
 
 
 def recorded(folders: list[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
@@ -87,6 +110,9 @@ def log_job(output: Path, sidecar: dict[str, Any], inputs: dict[str, Any]) -> No
     """
     import pyarrow.parquet as pq
 
+    from workflow_scripts.ranking.traces import log_gallery
+    from workflow_scripts.rollouts.record import sample_texts
+
     run = Run(sidecar["stage_key"], inputs)
     run.open(sidecar)
     sidecar["mlflow_run_id"] = run.mlflow_run_id
@@ -95,13 +121,15 @@ def log_job(output: Path, sidecar: dict[str, Any], inputs: dict[str, Any]) -> No
         for entry in json.loads((output.parent / "training.json").read_text())["history"]:
             run.metrics({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
     if sidecar["stage"] == "generate_rollouts":
-        run.traces(pq.read_table(output, columns=["item_id", "k", "text"]).slice(0, 3).to_pylist())
+        rollouts = pq.read_table(output, columns=["item_id", "k", "text"]).slice(0, 3).to_pylist()
+        for name, text in sample_texts(rollouts).items():
+            run.text(text, name)
     if sidecar["stage"] == "make_gallery":
-        run.gallery_traces(pq.read_table(output).to_pylist(), sidecar["config"]["traces"])
+        log_gallery(run, pq.read_table(output).to_pylist(), sidecar["config"]["traces"])
     if run.mlflow_run_id:
         write_json(sidecar_path(output), sidecar)
         log_file = sidecar.get("log")
-        finish(run, sidecar, output, log_file and output.parent / log_file)
+        run.finish(sidecar, output, log_file and output.parent / log_file)
     if run.mlflow_run_id is None:
         raise NotLoggedError(f"{instance_name(sidecar)}: the store did not take it; see above, and run this again")
 
@@ -160,43 +188,7 @@ def remind(configuration: Configuration) -> None:
     folders = [results] if downloads.is_relative_to(results) else [results, downloads]
     missing = sum(sidecar["mlflow_run_id"] is None for _, sidecar in recorded(folders)[0])
     if configuration.tracking.enabled and missing:
-        given = configuration.tracking.model_dump(include=set(KEYS), exclude_defaults=True)
-        command = ["python", "-m", "workflow_scripts.commands.log_runs", *map(str, folders)]
+        given = configuration.tracking.model_dump(include=set(Store.model_fields), exclude_defaults=True)
+        command = ["python", "-m", "workflow_scripts", "log-runs", *map(str, folders)]
         command += [word for key, value in given.items() for word in (f"--{key}", str(value))]
         print(f"{missing} results are complete but not in MLflow; to log them: {shlex.join(command)}", file=sys.stderr)
-
-
-def main() -> None:
-    """Run the command."""
-    sys.excepthook = tell_briefly
-    redact_output()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts log-runs", description="Log results to MLflow that its store does not have."
-    )
-    parser.add_argument("folders", nargs="+", type=Path, help="results folder; a downloads folder elsewhere, too")
-    for key in KEYS:
-        field = Tracking.model_fields[key]
-        parser.add_argument(f"--{key}", default=field.default, help=f"{field.description} (default: {field.default})")
-    arguments = parser.parse_args()
-    try:
-        configuration = load({"tracking": {key: getattr(arguments, key) for key in KEYS}})
-        for folder in arguments.folders:
-            if not folder.is_dir():
-                raise NotADirectoryError(f"{folder} is not a folder; name the results folder")
-        os.environ.update(stage_environment(configuration))
-        logged, there, damaged = log_runs(arguments.folders)
-    except (ConfigurationError, NotADirectoryError, LockedError, NotLoggedError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{logged} logged, {there} were there")
-    if damaged:
-        sys.exit("\n".join([f"{len(damaged)} not logged:", *damaged]))
-    policies = [
-        path.parent for folder in arguments.folders for path in sorted(folder.glob(f"policies/*/seed*/{ADAPTER}"))
-    ]
-    if failed := register_all(policies):
-        sys.exit("\n".join(f"not registered: {problem}" for problem in failed))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,5 @@
-"""Say what a results folder holds: what was made, both tables, warnings, and where to look next.
+"""`summary`: say what a results folder holds. The workflow says the same at its end, and where it fails why."""
 
-python -m workflow_scripts summary --results results
-python -m workflow_scripts summary --results results/three-seeds --uri http://127.0.0.1:5000
-
-The workflow says the same at its end of what it has just made, and where it fails which job failed and why.
-"""
-
-import argparse
 import csv
 import os
 import re
@@ -24,7 +17,7 @@ from rich.table import Table
 
 from workflow_scripts.configuration.model import Configuration, Tracking
 from workflow_scripts.files.redaction import redacted
-from workflow_scripts.running.command_line import tell_briefly
+from workflow_scripts.running.command_line import Command
 from workflow_scripts.running.provenance import read_sidecar, sidecars
 
 ERROR_LINE = re.compile(r"^(error: |wrong arguments|[\w.]*(Error|Exception|Interrupt)\b)")
@@ -35,6 +28,24 @@ COLUMNS = {
     "table2": ["method", "against", "seed"],
 }
 TITLES = {"table1": "Table 1: trained policies with soft reward", "table2": "Table 2: ImageReward test set"}
+
+
+class Summary(Command):
+    """Say what a results folder holds: what was made, both tables, warnings, and where to look next.
+
+    example: python -m workflow_scripts summary --results results/three-seeds --uri http://127.0.0.1:5000
+    """
+
+    results: Path = Path("results")
+    """Results folder."""
+    uri: str = os.environ.get("MLFLOW_TRACKING_URI") or Tracking.model_fields["uri"].default
+    """Tracking store; MLFLOW_TRACKING_URI sets the default."""
+
+    def cli_cmd(self) -> None:
+        """Print the summary."""
+        if not self.results.is_dir() or not sidecars(self.results):
+            sys.exit(f"error: {self.results} holds no results; name a results folder, or run snakemake first")
+        summarise(self.results, None, self.uri, console(sys.stdout))
 
 
 def console(stream: TextIO) -> Console:
@@ -168,24 +179,3 @@ def tell_failure(logs: Iterable[str]) -> None:
         screen.print(f"  {redacted(command)}", markup=False, soft_wrap=True)
     except Exception as error:
         print(f"no summary: {type(error).__name__}: {redacted(str(error))}", file=sys.stderr)
-
-
-def main() -> None:
-    """Run the command."""
-    sys.excepthook = tell_briefly
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts summary",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
-    stored = os.environ.get("MLFLOW_TRACKING_URI") or Tracking.model_fields["uri"].default
-    parser.add_argument("--uri", default=stored, help="tracking store (default: MLFLOW_TRACKING_URI, or %(default)s)")
-    arguments = parser.parse_args()
-    if not arguments.results.is_dir() or not sidecars(arguments.results):
-        sys.exit(f"error: {arguments.results} holds no results; name a results folder, or run snakemake first")
-    summarise(arguments.results, None, arguments.uri, console(sys.stdout))
-
-
-if __name__ == "__main__":
-    main()

@@ -44,6 +44,16 @@ class StageConfig(Section):
         """Text that differs exactly when the stage has to rerun."""
         return canonical_json(self.model_dump(mode="json"))
 
+    @property
+    def stage(self) -> str:
+        """Name of the stage."""
+        return next(name for name, model in STAGES.items() if type(self) is model)
+
+    @property
+    def code_engine(self) -> str:
+        """Rollout engine whose code the stage runs, if it runs any."""
+        return "transformers"
+
 
 class SynthesizeDataset(StageConfig):
     """Config of `synthesize_dataset`."""
@@ -291,6 +301,11 @@ class GenerateRollouts(StageConfig):
             sampling=c.rollouts.sampling,
             model=ModelConfig.of(c, track),
         )
+
+    @property
+    def code_engine(self) -> str:
+        """The engine that generates."""
+        return self.engine
 
 
 class ScoreRollouts(StageConfig):

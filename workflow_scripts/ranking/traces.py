@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from workflow_scripts.policy.prompts import ANSWERS, CLOSE_THINKING
@@ -15,6 +16,16 @@ def sampled(rows: Iterable[dict[str, Any]], number: int) -> list[dict[str, Any]]
     return sorted(thought, key=lambda row: hashlib.sha256(f"{row['prompt_id']}/{row['image_id']}".encode()).digest())[
         :number
     ]
+
+
+def log_gallery(run: Any, rows: list[dict[str, Any]], number: int) -> None:
+    """Log `number` images of a gallery (rows of `reporting.gallery.GALLERY`) as traces of an MLflow run.
+
+    `run` is the `tracking.run.Run` of the stage.
+    """
+    anchors = {row["prompt_id"]: row for row in rows if row["anchor"]}
+    for row in sampled(rows, number):
+        run.send("a trace", partial(log_trace, row=row, anchor=anchors.get(row["prompt_id"])))
 
 
 def tags(row: dict[str, Any]) -> dict[str, str]:

@@ -33,3 +33,9 @@ def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
     rows = sorted(rows, key=lambda row: (row["item_id"], row["k"]))
     with replacing(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT), temporary, compression="zstd")
+
+
+def sample_texts(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Texts of the first three rollouts in the order of their file, by the name of a file for each."""
+    first = sorted(rows, key=lambda row: (row["item_id"], row["k"]))[:3]
+    return {f"traces/{row['item_id'].replace('/', '_')}-{row['k']}.txt": row["text"] for row in first}

@@ -1,4 +1,4 @@
-"""Command lines of the stages: typed arguments, files marked as read or written."""
+"""Command lines: typed arguments of stages, their files marked as read or written, and how errors are told."""
 
 import atexit
 import gc
@@ -6,9 +6,9 @@ import inspect
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from workflow_scripts.running.code_digest import PACKAGE
@@ -20,6 +20,23 @@ ABOUT_CONFIG = """The workflow passes --config and --code_digest: `snakemake -n 
 every job. What the keys of --config mean, with bounds and defaults: docs/configuration.md.
 
 Exit status: 0 done; 1 an error, said in one line where its cause is known; 2 wrong arguments; 130 interrupted."""
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+class UsageError(ValueError):
+    """Arguments that do not go together, or name what is not there: ends a command with status 2."""
+
+
+class Command(BaseModel):
+    """A command that people type; what it does is its method `cli_cmd`."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Show the documentation of a command in `--help` without the indentation of its source."""
+        super().__init_subclass__(**options)
+        cls.__doc__ = inspect.getdoc(cls)
 
 
 class StageArguments(BaseSettings):
@@ -42,28 +59,25 @@ class StageArguments(BaseSettings):
 
     @classmethod
     def parse(cls, arguments: list[str] | None = None) -> Self:
-        """Parse the command line; unknown options and wrong values end it with a usage message."""
+        """Parse the command line; unknown options and wrong values end it with a usage message.
+
+        An option may have several values, or none: an empty list of files of a rule leaves it out.
+        """
         freeze_imports()
         sys.excepthook = tell_briefly
-        about, example = described(inspect.getmodule(cls).__doc__ or "")
-        # argparse would take a percent sign for a placeholder.
-        source: Any = CliSettingsSource(cls, cli_prog_name=f"python -m workflow_scripts.stages.{_stage(cls)}")
-        source.root_parser.description = about.replace("%", "%%")
-        source.root_parser.epilog = f"{example}\n\n{ABOUT_CONFIG}".strip().replace("%", "%%")
-        try:
-            return CliApp.run(
-                cls, cli_args=sys.argv[1:] if arguments is None else arguments, cli_settings_source=source
-            )
-        except ValidationError as error:
-            problems = [f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        except SettingsError as error:
-            problems = [f"{error}: {error.__cause__}"]
-        print("wrong arguments (--help says what there is):", *problems, sep="\n  ", file=sys.stderr)
-        raise SystemExit(2)
+        module: Any = inspect.getmodule(cls)
+        about, example = about_and_example(module.__doc__ or "")
+        return parse(
+            cls,
+            one_value_each(sys.argv[1:] if arguments is None else arguments),
+            prog=f"python -m {module.__spec__.name}",
+            about=about,
+            after=f"{example}\n\n{ABOUT_CONFIG}".strip(),
+        )
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
-        """Only the command line: a stage must not depend on variables of the environment."""
+        """Read the command line alone: a stage must not depend on variables of the environment."""
         return (init_settings,)
 
     def files(self, role: str) -> dict[str, list[Path]]:
@@ -76,8 +90,47 @@ class StageArguments(BaseSettings):
         return found
 
 
-def described(documentation: str) -> tuple[str, str]:
-    """What a stage is for, and its example command with one option on a line, from its module's documentation."""
+def parse(model: type[Settings], words: list[str], prog: str, about: str, after: str = "") -> Settings:
+    """Make a model from the words of a command line; wrong words end the process with status 2 and a message.
+
+    Args:
+        model: its fields are the arguments, or subcommands.
+        words: what stands behind the name of the program.
+        prog: the name of the program.
+        about: what `--help` says before the arguments.
+        after: what it says after them.
+    """
+    # argparse would take a percent sign for a placeholder.
+    source: Any = CliSettingsSource(model, cli_prog_name=prog)
+    source.root_parser.description = about.replace("%", "%%")
+    source.root_parser.epilog = after.replace("%", "%%")
+    try:
+        return CliApp.run(model, cli_args=words, cli_settings_source=source)
+    except ValidationError as error:
+        below = len(words) > 0 and error.errors()[0]["loc"][0] == words[0]  # in a subcommand
+        problems = [f"--{'.'.join(map(str, e['loc'][below:]))}: {e['msg']}" for e in error.errors()]
+    except SettingsError as error:
+        problems = [f"{error}: {error.__cause__}" if error.__cause__ else str(error)]
+    print("wrong arguments (--help lists them):", *problems, sep="\n  ", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def one_value_each(words: list[str]) -> list[str]:
+    """`--scores a b` as `--scores a --scores b`, and no `--adapter` where no value follows it."""
+    found: list[str] = []
+    option = None
+    for word in words:
+        if word in ("-h", "--help") or (word.startswith("--") and "=" in word):
+            found.append(word)
+        elif word.startswith("--"):
+            option = word
+        else:
+            found += [option, word] if option else [word]
+    return found
+
+
+def about_and_example(documentation: str) -> tuple[str, str]:
+    """The prose of a stage's module documentation, and its example command with one option on a line."""
     paragraphs = [paragraph for paragraph in documentation.strip().split("\n\n") if paragraph]
     examples = [paragraph for paragraph in paragraphs if paragraph.startswith("python -m ")]
     about = [paragraph for paragraph in paragraphs if paragraph not in examples]
@@ -86,23 +139,23 @@ def described(documentation: str) -> tuple[str, str]:
 
 
 def tell_briefly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say an error of the project's own kinds in one line: its message names file and remedy, the traceback hides it.
+    """Print an error that this package defines in one line: its message names file and remedy.
 
-    The traceback is attached to the stage's MLflow run; an error of any other kind is printed with it here. Ctrl-C ends
-    the process with status 130 by itself.
+    The traceback is attached to the MLflow run of the stage. An error of any other kind is printed with its traceback.
+    Ctrl-C ends the process with status 130 by itself.
     """
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted; run the same command again to go on", file=sys.stderr)
-    elif kind.__module__.split(".")[0] in (PACKAGE, "__main__"):  # a stage's own kinds are the main module's
+    elif kind.__module__.split(".")[0] in (PACKAGE, "__main__"):  # a stage runs as the main module
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 def freeze_imports() -> None:
-    """Leave what is imported to no garbage collection: searching it, the last time at the end, is half of a small job.
+    """Freeze imported objects so that the collector skips them: searching them takes half the time of a small job.
 
-    Not with torch: Triton, which comes with it, prints a report of leaks if nothing is collected at the end.
+    They are unfrozen at the end where torch is loaded: Triton would print a report of leaks if nothing were collected.
     """
     gc.freeze()
     atexit.register(_unfreeze_torch)
@@ -111,10 +164,6 @@ def freeze_imports() -> None:
 def _unfreeze_torch() -> None:
     if "torch" in sys.modules:
         gc.unfreeze()
-
-
-def _stage(arguments: type[StageArguments]) -> str:
-    return Path(inspect.getfile(arguments)).stem
 
 
 def _marks(kind: object) -> list[object]:

@@ -17,7 +17,7 @@ from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import anchor_items, pointwise_items
-from workflow_scripts.rollouts.record import write_rollouts
+from workflow_scripts.rollouts.record import sample_texts, write_rollouts
 from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
@@ -104,7 +104,8 @@ def main() -> None:
                 "rollouts_per_second": len(rollouts) / (time.perf_counter() - started),
             }
         )
-        run.traces(rollouts)
+        for name, text in sample_texts(rollouts).items():
+            run.text(text, name)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from workflow_scripts.files.writing import replacing
 from workflow_scripts.policy.prompts import ANSWERS
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
+from workflow_scripts.ranking.traces import log_gallery
 from workflow_scripts.reporting.gallery import GALLERY, gallery_rows
 from workflow_scripts.rollouts.record import ROLLOUT
 from workflow_scripts.running.command_line import Input, Output, StageArguments
@@ -79,7 +80,7 @@ def main() -> None:
                 "megabytes": arguments.output.stat().st_size / 1e6,
             }
         )
-        run.gallery_traces(rows, config.traces)
+        log_gallery(run, rows, config.traces)
 
 
 if __name__ == "__main__":
