@@ -1,10 +1,10 @@
 """What reruns if one key of the configuration, or the code of one module, changes: makes docs/reruns.md.
 
-snakemake --cores all --configfile configs/test.yaml                            # a finished run to ask about
-python -m workflow_scripts.reference.reruns                                         # docs/reruns.md
+snakemake --cores all --configfile configs/test.yaml    # a finished run to ask about
+python -m workflow_scripts.reference.reruns
 
 Each row about a key is one real `snakemake -n` on the finished run, with a configuration in which only that key has
-another value. They run one after the other in this process, since most of a dry run's time is the start of Python.
+another value. The dry runs share this process, since most of the time of one is the start of Python.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def stages() -> dict[str, str]:
     """Stage of every rule, in the order of the workflow."""
     files = re.findall(r'^include: "(.+)"', (ROOT / "Snakefile").read_text(encoding="utf-8"), re.M)
     rules = "".join((ROOT / name).read_text(encoding="utf-8") for name in files)
-    return dict(re.findall(r'^rule (\w+):.*?code_digest\("(\w+)"', rules, re.M | re.S))
+    named = re.findall(r'^(?:use )?rule (\w+)(?: as (\w+) with)?:.*?\*\*stage\("(\w+)"', rules, re.M | re.S)
+    return {copy or rule: stage for rule, copy, stage in named}
 
 
 def modules() -> list[str]:
@@ -242,10 +243,12 @@ training, and the keys of `vllm` what vLLM generates.
 
 ## … code
 
-**●** the rule runs this module, **○** it follows from one that does. A change is one that is left without comments,
-docstrings, formatting and the order of imports. A module with an empty row changes no result. `download_dataset` and
-`cold_start_policy` run, and have followers, only where `source` says so; the module of vLLM's engine only where that
-generates.
+**●** the rule runs this module, **○** it follows from one that does. Comments, docstrings, formatting and the order of
+imports do not count; the templates and data files that a module names count with it. Rooms decide: nothing in
+`configuration`, `running` and `tracking` counts, everything else that a stage imports does. A change of a module with an
+empty row reruns nothing: no stage imports it, or it only decides what a stage is given, which counts as a key, or
+records what a stage did. `download_dataset` and `cold_start_policy` run, and have followers, only where `source` says
+so; the module of the vLLM engine only where vLLM generates.
 
 {modules}
 """
