@@ -4,7 +4,7 @@
 #   {dataset}  imagereward | hpsv2 | own              {split}  train | validation | test
 #   {track}    training set, with its protocol: imagereward (pointwise), hpsv2 (pairwise), own (configured)
 #   {policy}   zeroshot | grpo                        {test}   data set it is tested on
-#   {seed} {shard} {block}   numbers; a shard is so many test prompts, a block so many rollouts of each item
+#   {seed} {shard} {block}   numbers; a shard holds a fixed number of test prompts, a block of rollouts of each item
 # Every job writes one sidecar, <first output>.provenance.json, an output that is never an input.
 # The parameters of every rule are two strings: the canonical configuration it uses and the digest of its code.
 import gc
@@ -18,7 +18,7 @@ from snakemake.io import IOFile
 from snakemake.utils import min_version
 
 min_version("9.0")
-gc.freeze()  # what Snakemake has imported stays; searching it again and again, the last time at the end, takes a while
+gc.freeze()  # the collector skips imported objects: searching them takes a while
 sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts.configuration import jobs, stages, targets
@@ -41,7 +41,7 @@ LOCK = Lock.of_results(Path(RESULTS))
 STARTED = time.time()
 
 
-# Snakemake's own lock is one of the working directory; two of those may share a results folder. Not run by -n.
+# Snakemake locks the working directory, but two of them may share a results folder. A dry run does not get here.
 onstart:
     LOCK.acquire()
 

@@ -245,8 +245,8 @@ training, and the keys of `vllm` what vLLM generates.
 
 **●** the rule runs this module, **○** it follows from one that does. Comments, docstrings, formatting and the order of
 imports do not count; the templates and data files that a module names count with it. Rooms decide: nothing in
-`configuration`, `running` and `tracking` counts, everything else that a stage imports does. A change of a module with an
-empty row reruns nothing: no stage imports it, or it only decides what a stage is given, which counts as a key, or
+`configuration`, `running` and `tracking` counts, everything else that a stage imports does. A change of a module with
+an empty row reruns nothing: no stage imports it, or it only decides what a stage is given, which counts as a key, or
 records what a stage did. `download_dataset` and `cold_start_policy` run, and have followers, only where `source` says
 so; the module of the vLLM engine only where vLLM generates.
 

@@ -11,7 +11,7 @@ from workflow_scripts.files.paths import ROOT
 def stage_environment(configuration: Any) -> dict[str, str]:
     """Environment variables of every job: this interpreter and package first, numeric threads, tracking.
 
-    Tracking is told by environment, never by a rule's parameter, so none of its keys reruns anything.
+    The keys of `tracking` reach stages as variables, never as parameters of a rule, so they rerun nothing.
     """
     tracking = configuration.tracking
     threads = str(configuration.numeric_threads)

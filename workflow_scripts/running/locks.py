@@ -1,7 +1,7 @@
 """Locks: one process makes a result, one workflow writes to a results folder.
 
-The kernel keeps them (flock), so they end with the process that holds them, however it ends. What is left of a killed
-one is a hidden file without meaning.
+The kernel keeps the locks (flock), so a lock ends with the process that holds it, however that ends. A killed process
+leaves a hidden file behind that locks nothing.
 """
 
 import os
@@ -12,21 +12,21 @@ from filelock import FileLock, Timeout
 
 
 class LockedError(RuntimeError):
-    """Another process is at it: names what, the process where it is known, and the remedy."""
+    """Another process holds the lock: names the result, the process where it is known, and the remedy."""
 
 
 class Lock:
-    """Exclusive right to do something, for one process; whoever comes second is refused at once."""
+    """Exclusive right of one process to do something; a second process is refused at once."""
 
     def __init__(self, path: Path, refusal: str) -> None:
-        """`path` is the lock file; `refusal` says what another process is doing and what to do about it."""
+        """`path` is the lock file; `refusal` is the message to a second process, with the remedy."""
         self.path = path
         self.refusal = refusal
         self._lock = FileLock(path, thread_local=False)
 
     @classmethod
     def of_output(cls, output: Path) -> Self:
-        """Right to make a file."""
+        """Lock for making a file."""
         return cls(
             output.with_name(f".{output.name}.lock"),
             f"{output} is being made by another process; wait for it or end it, then run snakemake again",
@@ -34,7 +34,7 @@ class Lock:
 
     @classmethod
     def of_results(cls, folder: Path) -> Self:
-        """Right to run the workflow on a results folder."""
+        """Lock for running the workflow on a results folder."""
         return cls(
             folder / ".workflow.lock",
             f"another workflow is writing to {folder.resolve()}; wait for it or end it, or set `results` to another "
@@ -42,7 +42,7 @@ class Lock:
         )
 
     def acquire(self) -> None:
-        """Take the lock, and write who has it into its file.
+        """Take the lock, and write the holder into its file.
 
         Raises:
             LockedError: another process holds it.
@@ -55,14 +55,14 @@ class Lock:
         self.path.write_text(f"process {os.getpid()} on {os.uname().nodename}\n", encoding="utf-8")
 
     def release(self) -> None:
-        """Remove the lock file, then let go: in this order, so that nobody locks a file that is about to vanish."""
+        """Remove the lock file, then release it: in this order, nobody locks a file that is about to vanish."""
         self.path.unlink(missing_ok=True)
         self._lock.release()
 
     def _holder(self) -> str:
         try:
             written = self.path.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:  # it has just let go
+        except FileNotFoundError:  # it was released a moment ago
             written = ""
         return written or "process unknown"
 
@@ -72,5 +72,5 @@ class Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go."""
+        """Release the lock."""
         self.release()

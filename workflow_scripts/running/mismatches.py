@@ -15,7 +15,7 @@ from workflow_scripts.running.provenance import SUFFIX, read_sidecar
 
 
 def altered_outputs(output: Path, sidecar: dict[str, Any]) -> list[str]:
-    """Outputs of a job that are missing or, by content, not what its stage wrote."""
+    """Outputs of a job that are missing or whose content differs from what its stage wrote."""
     found = []
     for name, record in sidecar["outputs"].items():
         path = output.parent / name
@@ -27,7 +27,7 @@ def altered_outputs(output: Path, sidecar: dict[str, Any]) -> list[str]:
 
 
 def other_inputs(sidecar: dict[str, Any]) -> list[str]:
-    """Inputs of a job of which there is another version now; one that is no longer there cannot be compared."""
+    """Inputs of a job that have another content now; an input that is gone cannot be compared."""
     found = []
     for name, sha256 in sidecar["inputs"].items():
         path = Path(name)
@@ -37,7 +37,7 @@ def other_inputs(sidecar: dict[str, Any]) -> list[str]:
 
 
 def other_settings(configuration: Configuration, sidecar: dict[str, Any]) -> list[str]:
-    """What this configuration and this code ask of a stage that differs from what a sidecar says it ran with."""
+    """Keys and code of a stage that differ between this configuration and the sidecar of a job."""
     expected = same_instance(configuration, sidecar["stage"], sidecar["config"])
     asked, ran = flat(expected.model_dump(mode="json")), flat(sidecar["config"])
     found = [
@@ -51,12 +51,12 @@ def other_settings(configuration: Configuration, sidecar: dict[str, Any]) -> lis
 
 
 def add_followers(jobs: dict[Path, dict[str, Any]], reasons: dict[Path, list[str]], stale: set[Path]) -> None:
-    """Give a reason to whatever was made from an output with other settings, however many stages later.
+    """Give a reason to every job that used an output with other settings, however many stages later.
 
     Args:
         jobs: sidecars by first output.
-        reasons: why a job does not fit, by first output; added to.
-        stale: outputs of jobs with other settings, resolved; added to.
+        reasons: why a job does not fit, by first output; extended here.
+        stale: outputs of jobs with other settings, resolved; extended here.
     """
     waiting = set(jobs)
     while followers := {
@@ -71,18 +71,18 @@ def add_followers(jobs: dict[Path, dict[str, Any]], reasons: dict[Path, list[str
 def refuse_unrecorded(
     configuration: Configuration, outputs: Iterable[str], is_recorded: Callable[[str], bool]
 ) -> list[str]:
-    """Stop where parts of the tables were made with other settings and Snakemake cannot know.
+    """Stop where parts of the tables were made with other settings and Snakemake cannot tell.
 
-    Snakemake compares settings with its own record in .snakemake/. Where that is lost, or results were copied here
-    without it, it takes any file for up to date. The provenance files know better.
+    Snakemake compares settings with its own record in .snakemake/. Where that is lost, or results were copied without
+    it, Snakemake takes any file for up to date. The provenance files record the settings.
 
     Args:
-        configuration: the one that is asked for.
-        outputs: files that the tables are made from; those before them are found in their provenance.
+        configuration: the one to compare with.
+        outputs: inputs of the tables; their provenance leads to the files before them.
         is_recorded: whether Snakemake has a record of a file.
 
     Returns:
-        Nothing: a rule can call this as one of its input functions.
+        An empty list, so that a rule can call this as an input function.
 
     Raises:
         ProvenanceError: names every file with what differs, and the remedy.

@@ -1,4 +1,4 @@
-"""Progress of long work: bars on a terminal; in a log, where a bar would be one endless line, a line now and then."""
+"""Progress of long work: bars on a terminal; lines in a log, where a bar would fill one endless line."""
 
 import sys
 import time
@@ -14,23 +14,23 @@ def lines_in_logs() -> None:
 
 
 class _BarsAsLines:
-    """A text stream that writes what a bar shows every SECONDS_BETWEEN_LINES, and what it shows at its end."""
+    """A text stream that writes the state of a bar every SECONDS_BETWEEN_LINES, and its last state."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._shown = ""  # by the bar, and not written
+        self._shown = ""  # state of the bar that is not written yet
         self._written = time.monotonic()
 
     def write(self, text: str) -> int:
         if "\r" in text:
-            # A bar rewrites its line from the start; one that only clears it leaves nothing.
+            # A bar rewrites its line from the start; an empty rewrite only clears it.
             self._shown = text.rsplit("\r", 1)[1].strip() or self._shown
             if text.endswith("\n") or time.monotonic() - self._written >= SECONDS_BETWEEN_LINES:
                 self._write_shown()
         elif text == "\n" and self._shown:  # the bar is closed
             self._write_shown()
         else:
-            self._stream.write(text.replace("\x1b[A", ""))  # of a bar below another: one line up
+            self._stream.write(text.replace("\x1b[A", ""))  # cursor up, from a bar below another
         return len(text)
 
     def _write_shown(self) -> None:

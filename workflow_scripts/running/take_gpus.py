@@ -1,10 +1,10 @@
-"""Run a command on GPUs of its own.
+"""Run a command on GPUs that no other job uses.
 
 python -m workflow_scripts.running.take_gpus 1 python -m workflow_scripts.stages.generate_rollouts …
 
-Snakemake counts GPUs (`--resources gpu=2`) but does not say which: without this, two jobs would share the first. The
-command gets its GPUs as CUDA_VISIBLE_DEVICES, and the kernel keeps their locks as long as its process lives. A job of
-Slurm has been given its GPUs already.
+Snakemake counts GPUs (`--resources gpu=2`) but does not assign them: two jobs would share the first one. The command
+receives its GPUs as CUDA_VISIBLE_DEVICES, and the kernel keeps their locks as long as its process lives. Slurm has
+assigned the GPUs of its jobs already.
 """
 
 import fcntl
@@ -17,14 +17,14 @@ from pathlib import Path
 
 
 class GpuError(RuntimeError):
-    """There are fewer GPUs than a job uses: names the number and the remedy."""
+    """There are fewer GPUs than a job needs: names the numbers and the remedy."""
 
 
 def visible_gpus() -> list[str]:
     """Indices or ids of this machine's GPUs, those of CUDA_VISIBLE_DEVICES where it is set.
 
     Raises:
-        GpuError: NVIDIA's driver does not tell.
+        GpuError: the NVIDIA driver lists none.
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
@@ -40,7 +40,7 @@ def visible_gpus() -> list[str]:
 
 
 def take(count: int, gpus: list[str], folder: Path) -> list[tuple[str, int]] | None:
-    """The first `count` of the GPUs that nobody has, each with the descriptor of its lock; None if there are fewer."""
+    """The first `count` free GPUs, each with the descriptor of its lock; None where fewer are free."""
     folder.mkdir(parents=True, exist_ok=True)
     taken = []
     for gpu in gpus:
@@ -53,14 +53,14 @@ def take(count: int, gpus: list[str], folder: Path) -> list[tuple[str, int]] | N
         taken.append((gpu, descriptor))
         if len(taken) == count:
             return taken
-    # Nothing is held while waiting for the rest, so that two jobs never wait for one another.
+    # A job that waits holds no lock, so two jobs never wait for each other.
     for _, descriptor in taken:
         os.close(descriptor)
     return None
 
 
 def main() -> None:
-    """Take GPUs, then become the command."""
+    """Take GPUs, then replace this process by the command."""
     count, command = int(sys.argv[1]), sys.argv[2:]
     if "SLURM_JOB_ID" not in os.environ:
         gpus = visible_gpus()

@@ -1,4 +1,4 @@
-"""What MLflow's pages say: names of runs and curves, the parameters that tell runs apart, descriptions with links."""
+"""Texts of the MLflow pages: names of curves and inputs, parameters that tell runs apart, descriptions with links."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ LONGEST_NOTE = 7900  # MLflow cuts a tag at 8000 characters
 
 
 def chosen_params(config: dict[str, Any]) -> dict[str, str]:
-    """The parameters of a stage's config that are shown, by dotted key."""
+    """Parameters of a stage that the pages show, by dotted key."""
     leaves = flat(config)
     return {name: str(leaves[name]) for name in PARAMS if leaves.get(name) is not None}
 
@@ -24,8 +24,8 @@ def chosen_params(config: dict[str, Any]) -> dict[str, str]:
 def curve_name(name: str) -> str:
     """Name of a training curve, grouped: "reward" -> "train/reward", "eval_forced_share" -> "validation/forced_share".
 
-    The mean of each reward stands beside the total, "train/reward_format"; of what the trainer says at its end,
-    "train_runtime" is "trainer/runtime".
+    The mean of each reward stands beside the total: "train/reward_format". Totals that the trainer reports at its end
+    form a group of their own: "train_runtime" becomes "trainer/runtime".
     """
     if name in CURVES:
         return CURVES[name]
@@ -39,7 +39,7 @@ def curve_name(name: str) -> str:
 
 
 def input_name(path: str) -> str:
-    """Short name of an input: its last folders tell files of one base name apart."""
+    """Short name of an input, with the folders that tell files of one base name apart."""
     return "/".join(Path(path).parts[-3:])
 
 
@@ -53,8 +53,8 @@ def run_note(record: dict[str, Any], output: Path, inputs: dict[str, Any], exper
         experiment_id: of the runs that are linked.
     """
     made_by = defaultdict(list)
-    for path, job in sorted(inputs.items()):  # a live run and one logged afterwards say the same
-        # An input of the user's own has no stage.
+    for path, job in sorted(inputs.items()):  # a live run and one that is logged afterwards read the same
+        # An input that the user made has no stage.
         name, run_id = (
             (instance_name(job), job["mlflow_run_id"]) if job and "stage" in job else ("made elsewhere", None)
         )
@@ -78,7 +78,7 @@ def run_note(record: dict[str, Any], output: Path, inputs: dict[str, Any], exper
 
 
 def whole_sections(text: str, room: int, rest: str) -> str:
-    """As many whole sections of a Markdown text as there is room for, with `rest` in place of those left out."""
+    """The sections of a Markdown text that fit into `room` characters, then `rest` in place of the others."""
     if len(text) <= room:
         return text
     first, *sections = text.split("\n## ")
