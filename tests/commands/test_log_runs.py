@@ -97,7 +97,7 @@ def untracked(
         process.communicate(timeout=150)
         said = (tmp_path / "subset.log").read_text()
         assert process.returncode == 0, said
-        assert "MLflow did not take this run" in said and said.splitlines()[-1].endswith("log_runs RESULTS_FOLDER")
+        assert "MLflow did not take this run" in said and said.splitlines()[-1].endswith("log-runs RESULTS_FOLDER")
         sidecar = verify(output)
         assert sidecar["mlflow_run_id"] is None and sidecar["metrics"]["kept"] == 3
         return sidecar
@@ -261,7 +261,7 @@ def check_cut_short(
     """The stage ended well, the run that it had begun is failed, and the one logged afterwards is whole."""
     said = log.read_text()
     assert process.returncode == 0, said
-    assert said.count("MLflow did not take") == 1 and said.splitlines()[-1].endswith("log_runs RESULTS_FOLDER")
+    assert said.count("MLflow did not take") == 1 and said.splitlines()[-1].endswith("log-runs RESULTS_FOLDER")
     sidecar = verify(output)
     assert sidecar["mlflow_run_id"] is None and sidecar["metrics"] == {"count": 3}
     run, counts = logged(uri)
