@@ -7,7 +7,8 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ from workflow_scripts.preferences.schema import SUBSET, write_images, write_pref
 from workflow_scripts.preferences.synthetic_scenes import HUMAN, draw, sample_prompt, sample_scene
 from workflow_scripts.running.provenance import sidecar_path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["MLFLOW_TRACKING_URI"] = ""  # no test writes to the store of the checkout
+# Tests see nothing of the user's environment but these variables, and a home of their own: no setting of MLflow, the
+# Hub, Snakemake or git changes what they find.
+KEPT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "VLLM_VENV", "SOFTPREF_SCREENSHOTS")
+HOME = tempfile.TemporaryDirectory(prefix="softpref-home-")
+for name in [name for name in os.environ if name not in KEPT and not name.startswith("PYTEST_XDIST_")]:
+    del os.environ[name]
+os.environ |= {"HOME": HOME.name, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["MLFLOW_TRACKING_URI"] = ""  # a test that tracks names its store
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,9 +50,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def outside_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let no fixture find or leave anything in the checkout by a relative path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("nothing"))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def store_of_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the store that a test sets end with it: MLflow writes it into the environment."""
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test in a folder of its own; the store that it sets, which MLflow writes to the environment, ends, too."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI", ""))
 
 
