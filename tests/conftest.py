@@ -60,7 +60,10 @@ def outside_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run each test in a folder of its own; the store that it sets, which MLflow writes to the environment, ends, too."""
+    """Run each test in a folder of its own, and let the store that it sets end with it.
+
+    MLflow writes the store into the environment.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI", ""))
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from checkout import Workflow
 
-from tests.workflow.checkout import Workflow
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.prompts import RATINGS, well_formed
 from workflow_scripts.preferences.schema import read_table
 from workflow_scripts.rollouts.record import ROLLOUT
 from workflow_scripts.running.provenance import verify_chain
 
-PYTHON = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin/python"
+PYTHON = (ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")) / "bin/python"
 ROLLOUTS = "rollouts/imagereward/zeroshot/seed0/imagereward"
 
 pytestmark = [
@@ -26,7 +26,7 @@ pytestmark = [
 def test_from_data_to_an_accuracy_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workflow = Workflow.checkout(tmp_path / "checkout")
     overlay: dict[str, Any] = {
-        "vllm_python": str(PYTHON.absolute()),
+        "vllm_python": str(PYTHON),
         "rollouts": {"engine": "vllm", "shard_prompts": 100},
     }
     accuracy = workflow.results / "accuracy/imagereward/zeroshot/seed0/imagereward.json"

@@ -177,7 +177,8 @@ def test_the_rule_s_text_arrives_unchanged(stage: str, config: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what nohup starts
 from workflow_scripts.stages.select_subset import Arguments
 from workflow_scripts.tracking.stage_run import run_stage
 

@@ -14,13 +14,13 @@ from workflow_scripts.files.paths import ROOT
 from workflow_scripts.reference import reruns as rerun_matrix
 from workflow_scripts.reference.configuration import leaves
 from workflow_scripts.reference.reruns import modules, stages
-from workflow_scripts.running.code_digest import PACKAGE, WITHOUT_EFFECT, module_closure
+from workflow_scripts.running.code_digest import PACKAGE, UNCOUNTED, module_closure
 
 # configs/test.yaml takes data and policy from elsewhere, and ranks nothing.
 NOT_RUN = {"download_dataset", "cold_start_policy", "record_own_data", "rank_own_images"}
 SCORING = {"score_rollouts", "measure_accuracy", "make_gallery", "make_tables", "make_figures", "make_report"}
 TRAINING = {"train_grpo", "generate_rollouts", *SCORING}
-MODULES = sorted({f"{PACKAGE}/{module.replace('.', '/')}.py" for module in modules()})
+MODULES = sorted(f"{PACKAGE}/{module.replace('.', '/')}.py" for module in modules())
 
 
 def page_rows(text: str, heading: str) -> dict[str, dict[str, str]]:
@@ -156,9 +156,9 @@ def test_named_modules_rerun_what_was_promised(by_module: dict[str, dict[str, st
     for module, cells in by_module.items():
         if module.startswith("scoring.") and module != "scoring.pair_accuracy":
             assert cells and set(cells) <= {*SCORING, "rank_own_images"}, module
-        if module in WITHOUT_EFFECT or module in ("rerun_matrix", "configuration_reference"):
+        if module.split(".")[0] in (*UNCOUNTED, "commands", "planning", "reference"):
             assert cells == {}, module
-    for module in ("rewards", "scoring.pair_accuracy", "train_grpo"):
+    for module in ("training.rewards", "scoring.pair_accuracy", "stages.train_grpo"):
         assert set(by_module[module]) == TRAINING | {"rank_own_images"}, module
     assert set(by_module["rollouts.record"]) == TRAINING - {"train_grpo"}
 
@@ -174,9 +174,10 @@ def test_cosmetic_changes_and_tracking_rerun_nothing(workflow: Workflow, tmp_pat
         for i, line in zip(imports, reversed([lines[i] for i in imports]), strict=True):
             lines[i] = line
         path.write_text('"""Other prose."""\n# A comment.\n' + "\n".join(lines) + "\n# The end.\n", encoding="utf-8")
-    for name in WITHOUT_EFFECT:
-        with (copy.folder / PACKAGE / f"{name}.py").open("a", encoding="utf-8") as file:
-            file.write("\nADDED = 1\n")
+    for name in MODULES:
+        if Path(name).parts[1] in UNCOUNTED:
+            with (copy.folder / name).open("a", encoding="utf-8") as file:
+                file.write("\nADDED = 1\n")
     options = [sys.executable, "-m", "ruff", "format", "--quiet", "--line-length", "70", "--config"]
     subprocess.run([*options, "format.quote-style='single'", PACKAGE], cwd=copy.folder, check=True)
     changed = [name for name in MODULES if (copy.folder / name).read_bytes() != (ROOT / name).read_bytes()]
@@ -186,15 +187,16 @@ def test_cosmetic_changes_and_tracking_rerun_nothing(workflow: Workflow, tmp_pat
 
 EDITED = """
 import json, sys
-from workflow_scripts.running import provenance
-    from workflow_scripts.reference import reruns as rerun_matrix
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.reference.reruns import FinishedRun
+from workflow_scripts.running.code_digest import PACKAGE, code_digest
 
-run = rerun_matrix.FinishedRun()
+run = FinishedRun()
 for module in sys.argv[1:]:
-    path = provenance.ROOT / provenance.PACKAGE / f"{module.replace('.', '/')}.py"
+    path = ROOT / PACKAGE / f"{module.replace('.', '/')}.py"
     code = path.read_text(encoding="utf-8")
     path.write_text(code + "\\n\\nADDED = 1\\n", encoding="utf-8")
-    provenance.code_digest.cache_clear()
+    code_digest.cache_clear()
     print(json.dumps([module, [job.rule for job in run.jobs(change={})]]), flush=True)
     path.write_text(code, encoding="utf-8")
 """
@@ -208,7 +210,7 @@ def rerun_by_code(workflow: Workflow, folder: Path, names: list[str]) -> dict[st
     return {module: set(rules) for module, rules in map(json.loads, done.stdout.splitlines())}
 
 
-SOME = ["rewards", "scoring.bootstrap", "scoring.pair_accuracy", "select_subset"]
+SOME = ["training.rewards", "scoring.bootstrap", "scoring.pair_accuracy", "stages.select_subset"]
 OTHERS = [module for module in modules() if module not in SOME]
 
 
@@ -240,11 +242,11 @@ def test_the_digest_covers_what_every_job_loaded(workflow: Workflow) -> None:
         said = (workflow.folder / log).read_text(encoding="utf-8")
         loaded = set(re.findall(rf"^import time:.*\| +({PACKAGE}\.[\w.]+)$", said, re.M))
         packages = {name for name in loaded if (ROOT / name.replace(".", "/") / "__init__.py").is_file()}
-        found[job["rule"]] |= loaded - packages - {f"{PACKAGE}.{name}" for name in WITHOUT_EFFECT}
+        found[job["rule"]] |= {name for name in loaded - packages if name.split(".")[1] not in UNCOUNTED}
     for rule in found.keys() - NOT_RUN:
-        closure = set(module_closure(f"{PACKAGE}.{stages()[rule]}", "transformers"))
+        closure = set(module_closure(f"{PACKAGE}.stages.{stages()[rule]}", "transformers"))
         # What runs as the main program is not imported.
-        assert found[rule] | {f"{PACKAGE}.{stages()[rule]}"} == closure, rule
+        assert found[rule] | {f"{PACKAGE}.stages.{stages()[rule]}"} == closure, rule
         engines = {name for name in found[rule] if name.endswith("_engine")}
         generates = rule in ("train_grpo", "generate_rollouts")
         assert engines == ({f"{PACKAGE}.rollouts.transformers_engine"} if generates else set())
