@@ -29,8 +29,8 @@ KEPT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "VLLM_VENV", "SOFTPREF_SCREENSHOTS"
 HOME = tempfile.TemporaryDirectory(prefix="softpref-home-")
 for name in [name for name in os.environ if name not in KEPT and not name.startswith("PYTEST_XDIST_")]:
     del os.environ[name]
-os.environ |= {"HOME": HOME.name, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["MLFLOW_TRACKING_URI"] = ""  # a test that tracks names its store
+os.environ |= {"HOME": HOME.name, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

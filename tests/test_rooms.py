@@ -85,7 +85,7 @@ def test_scoring_and_rewards_load_no_model_library() -> None:
     modules = [module for module in MODULES if room(module) == "scoring"] + [f"{PACKAGE}.training.rewards"]
     code = f"import importlib, sys; [importlib.import_module(name) for name in {modules}];"
     code += "print([n for n in ('torch', 'transformers', 'peft', 'trl', 'mlflow', 'snakemake') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

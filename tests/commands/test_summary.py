@@ -111,7 +111,7 @@ def test_the_line_that_says_why(log: str, line: str, tmp_path: Path) -> None:
 def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command."""
     command = [sys.executable, "-m", "workflow_scripts", "summary", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def test_as_a_command(results: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_terminal_gets_lines_and_colours(results: Path) -> None:
 
     thread = threading.Thread(target=reading)
     thread.start()
-    subprocess.run(command, cwd=ROOT, env=environment, stdout=slave, check=True)
+    subprocess.run(command, env=environment, stdout=slave, check=True)
     os.close(slave)
     thread.join()
     os.close(master)

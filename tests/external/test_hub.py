@@ -70,9 +70,7 @@ class Client:
         self.home = home
         environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(home)} | variables
         command = [sys.executable, str(Path(__file__).with_name("hub_client.py"))]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, stdin=-1, stdout=-1, text=True
-        )
+        self.process = subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True)
 
     def __call__(self, *call: Any, **named: Any) -> Answer:
         """Fetch as `send` does; what it says is what was found, or the error."""
@@ -422,7 +420,7 @@ def stage(published: Hub, tmp_path: Path) -> Stage:
         command = [sys.executable, "-m", f"workflow_scripts.stages.{name}", "--config", config.canonical()]
         command += [word for key, path in files.items() for word in (f"--{key}", str(path))]
         environment = os.environ | {"HF_ENDPOINT": published.url, "HF_HOME": str(tmp_path / "home")}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
     return run
 

@@ -25,10 +25,10 @@ def planned(path: Path, gpu: str, *settings: str) -> Plan:
     return plan(configured([path], list(settings)), data_sheet(gpu), Assumptions())
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "workflow_scripts.commands.plan", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(autouse=True)
@@ -211,10 +211,10 @@ def test_the_report_names_every_stage_and_the_sum() -> None:
 
 
 def test_the_command_line() -> None:
-    done = run("--configfile", "configs/paper.yaml", "--gpu", "rtx4090", "--format", "json", "--strict")
+    done = run("--configfile", str(PAPER), "--gpu", "rtx4090", "--format", "json", "--strict")
     assert done.returncode == 1, done.stderr
     value = json.loads(done.stdout)
     assert value["model"]["parameters"] == 8_292_166_656 and value["gpu"]["memory"] == 24 * GIGABYTE
     assert len(value["stages"]) == 7 and value["warnings"]
-    wrong = run("--configfile", "configs/paper.yaml", "--config", "seed=[1]")
+    wrong = run("--configfile", str(PAPER), "--config", "seed=[1]")
     assert (wrong.returncode, wrong.stdout) == (1, "") and "did you mean seeds?" in wrong.stderr

@@ -16,7 +16,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLF
 
 from workflow_scripts.configuration.model import load
 from workflow_scripts.configuration.stages import ColdStartPolicy
-from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy import cold_start
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS, sampled_answer, well_formed
 from workflow_scripts.policy.tiny_qwen import TAGS, build_model
@@ -45,7 +44,7 @@ def cold_started(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_another_process_gives_the_same_bytes(cold_started: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "workflow_scripts.stages.cold_start_policy", *words(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "2"}, check=True)
+    subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "2"}, check=True)
     names = sorted(path.name for path in cold_started.iterdir() if "provenance" not in path.name)
     assert {"model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"} <= set(names)
     for name in names:

@@ -287,7 +287,7 @@ for stage in sys.argv[1:]:
 
 
 def test_what_a_stage_really_loads_is_in_its_digest() -> None:
-    done = subprocess.run([sys.executable, "-c", LOADED, *STAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", LOADED, *STAGES], capture_output=True, text=True, check=True)
     found = dict(json.loads(line) for line in done.stdout.splitlines())
     assert found.keys() == STAGES.keys(), done.stderr
     for stage, names in found.items():

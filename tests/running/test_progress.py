@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-from workflow_scripts.files.paths import ROOT
-
 WORK = """
 import sys
 from workflow_scripts.running import progress
@@ -23,7 +21,7 @@ print("done", file=sys.stderr)
 def logged(seconds: float) -> tuple[list[str], str]:
     """Lines on the error stream of a process that is no terminal, and all of its output."""
     code = WORK.format(seconds=seconds)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert b"\r" not in done.stderr and b"\x1b" not in done.stderr
     return done.stderr.decode().splitlines(), done.stdout.decode()
 

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from workflow_scripts.configuration.stages import RUN_MODELS, STAGES
-from workflow_scripts.files.paths import ROOT
 
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "mlflow"}
 
@@ -24,7 +23,7 @@ print(*sys.modules, file=sys.stderr)
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in RUN_MODELS])
 def test_a_stage_without_a_model_imports_nothing_that_models_need(stage: str) -> None:
-    run = subprocess.run([sys.executable, "-c", LOADED, stage], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", LOADED, stage], capture_output=True, text=True, check=True)
     loaded = set(run.stderr.split())
     assert "workflow_scripts.configuration.stages" in loaded
     assert loaded.isdisjoint(HEAVY)

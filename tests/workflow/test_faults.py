@@ -21,7 +21,7 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
-from checkout import Workflow
+from checkout import Workflow, environment
 
 from workflow_scripts.running.provenance import verify
 
@@ -163,10 +163,10 @@ class Checkout:
 
     def start(self, *words: str, fault: dict[str, Any] | None = None) -> subprocess.Popen[str]:
         """Start snakemake in a process group of its own."""
-        environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | {"FAULT": json.dumps(fault)}
+        variables = environment() | {"FAULT": json.dumps(fault)}
         command = [sys.executable, "-m", "snakemake", *words, "--configfile", "configs/test.yaml"]
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **pipes)
+        return subprocess.Popen(command, cwd=self.folder, env=variables, start_new_session=True, **pipes)
 
     def finish(self, *words: str) -> str:
         """Do as the documentation says after a kill: wait for what still runs, unlock, and run the same again."""
