@@ -18,9 +18,9 @@ ROOMS = (
     *("preferences", "scoring", "policy.fast", "policy", "rollouts", "training", "reporting", "ranking", "planning"),
     *("reference", "stages", "commands"),
 )
-# Run from outside: no room below imports them. They and the generators of documentation alone know the workflow.
+# No other room imports these, nor knows Snakemake, but for generators and what merges overlays as Snakemake does.
 ON_TOP = ("stages", "commands", "tracking")
-KNOW_SNAKEMAKE = ("reference", "commands")
+KNOW_SNAKEMAKE = (f"{PACKAGE}.commands.", f"{PACKAGE}.reference.", f"{PACKAGE}.configuration.overlays")
 LONG_FILES = {"configuration/model.py"}
 
 MODULES = {
@@ -73,7 +73,7 @@ def test_rooms_know_no_stage_and_no_tracking() -> None:
             if name in MODULES and room(module) not in ("stages", "commands"):
                 assert room(name) not in ON_TOP or room(name) == room(module), f"{module} imports {name}"
             if name.split(".")[0] == "snakemake":
-                assert room(module) in KNOW_SNAKEMAKE, f"{module} imports {name}"
+                assert module.startswith(KNOW_SNAKEMAKE), f"{module} imports {name}"
 
 
 def test_no_stage_imports_another() -> None:

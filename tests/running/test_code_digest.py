@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,13 @@ def test_scoring_and_tables_depend_on_no_model_code() -> None:
     for stage in ("score_rollouts", "measure_accuracy", "make_tables"):
         assert {name for name in closure(stage) if name.startswith("policy.")} <= {"policy.prompts"}
         assert not any(name.endswith("_engine") for name in closure(stage))
+
+
+def test_digests_are_asked_of_stages() -> None:
+    # Of any other name the digest would be that of no code.
+    texts = [path.read_text(encoding="utf-8") for path in (*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("rules/*.smk"))]
+    asked = {name for text in texts for name in re.findall(r'code_digest\(\s*"([\w.]+)"', text)}
+    assert asked and asked <= STAGES.keys()
 
 
 def test_imports_are_written_so_that_the_digest_sees_them() -> None:

@@ -221,7 +221,7 @@ class Judge:
     def settings(self) -> str:
         """Digest of all that decides about an answer but images and prompts."""
         asked = [self.identity, self.k, self.both_orders, self.seed, self.batch]
-        return digest(json.dumps([*asked, code_digest("ranking.judge", "transformers")]))
+        return digest(json.dumps([*asked, code_digest("rank_own_images", "transformers")]))
 
     def chunks(self, prompts: Mapping[str, Mapping[str, int]]) -> list[list[Item]]:
         """Questions about images, in the parts that are asked together.
