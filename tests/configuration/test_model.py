@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from workflow_scripts.configuration import stages
+from workflow_scripts.configuration import stages, targets
 from workflow_scripts.configuration.model import (
     Configuration,
     ConfigurationError,
@@ -254,7 +254,7 @@ def test_a_stage_reads_back_what_the_rule_wrote(name: str, configuration: Config
         assert again.canonical() == text == canonical_json(json.loads(text))
         seen.add(text)
     assert len(seen) == len(list(instances(configuration)))
-    assert {type(config) for config in instances(configuration)} == set(stages.StageConfig.__subclasses__())
+    assert {type(config) for config in instances(configuration)} == set(stages.STAGES.values())
 
 
 def test_a_key_changes_the_stages_that_use_it_and_no_others() -> None:
@@ -310,7 +310,7 @@ def test_tables_are_told_of_own_data_only_where_they_are_used() -> None:
 def test_shards_cover_the_test_prompts_once() -> None:
     for prompts, size in ((10, 3), (9, 3), (1, 5), (2000, 500)):
         c = load({"datasets": {"imagereward": {"test_prompts": prompts}}, "rollouts": {"shard_prompts": size}})
-        ranges = [stages.shard_range(c, "imagereward", shard) for shard in stages.shards(c, "imagereward")]
+        ranges = [stages.shard_range(c, "imagereward", shard) for shard in targets.shards(c, "imagereward")]
         assert [position for start, stop in ranges for position in range(start, stop)] == list(range(prompts))
 
 

@@ -15,9 +15,17 @@ from workflow_scripts.files.redaction import has_password, redacted
 Dataset = Literal["imagereward", "hpsv2", "own"]
 Track = Literal["imagereward", "hpsv2", "own"]
 Split = Literal["train", "validation", "test"]
-
+DataSource = Literal["synthetic", "hub"]
+SubsampleUnit = Literal["prompt", "pair"]
+PolicyName = Literal["zeroshot", "grpo"]
+PolicySource = Literal["bundled", "cold_start", "hub"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["cpu", "cuda"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Engine = Literal["transformers", "vllm"]
+MissingAnswer = Literal["wrong", "neutral", "dropped"]
 Protocol = Literal["pointwise", "pairwise"]
-PROTOCOL: dict[str, Protocol] = {"imagereward": "pointwise", "hpsv2": "pairwise"}  # of own data by configuration
+PROTOCOL: dict[str, Protocol] = {"imagereward": "pointwise", "hpsv2": "pairwise"}  # datasets.own.protocol is a key
 
 
 class Section(BaseModel):
@@ -83,7 +91,7 @@ class Hpdv2World(Section):
 class ImageRewardData(Section):
     """ImageRewardDB: ratings and ranks of 4 to 9 images a prompt."""
 
-    source: Literal["synthetic", "hub"] = "synthetic"
+    source: DataSource = "synthetic"
     """The embedded synthetic world or the published data."""
     hub: ImageRewardHub = ImageRewardHub()
     synthetic: ImageRewardWorld = ImageRewardWorld()
@@ -104,13 +112,13 @@ class ImageRewardData(Section):
 class Hpdv2Data(Section):
     """HPDv2 ("HPSv2" in the paper): pairs for training, ranks of 9 or 10 images a prompt for testing."""
 
-    source: Literal["synthetic", "hub"] = "synthetic"
+    source: DataSource = "synthetic"
     """The embedded synthetic world or the published data."""
     hub: Hpdv2Hub = Hpdv2Hub()
     synthetic: Hpdv2World = Hpdv2World()
     train_fraction: float = Field(0.25, gt=0, le=1)
     """Share of the training data to keep, by seeded hash (paper §4: 25 %)."""
-    subsample_by: Literal["prompt", "pair"] = "prompt"
+    subsample_by: SubsampleUnit = "prompt"
     """Whether the fraction counts prompts (all pairs of a kept prompt) or single pairs."""
     subsample_seed: int = Field(0, ge=0)
     """Seed of the hash that orders prompts and pairs."""
@@ -200,17 +208,17 @@ class PolicyHub(Section):
 class Policy(Section):
     """The base policy."""
 
-    source: Literal["bundled", "cold_start", "hub"] = "bundled"
+    source: PolicySource = "bundled"
     """The tiny Qwen2.5-VL of this repository, the same made again from scratch, or a model of the Hub."""
     bundled: str = "models/tiny-qwen2.5-vl"
     """Folder of the bundled model, relative to the repository."""
     cold_start: ColdStart = ColdStart()
     hub: PolicyHub = PolicyHub()
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Numeric type of the weights in memory."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where the policy runs."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     """What computes attention: PyTorch's kernels, plain products, or the package flash-attn (cuda, 16 bits)."""
     min_pixels: int | None = Field(784, ge=784)
     """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token). Null, like max_pixels,
@@ -336,7 +344,7 @@ class Training(Section):
     share_prompts: bool = True
     """Qwen2-VL and Qwen2.5-VL: compute each prompt and image once for its group in the passes over completions; TRL's
     plain passes if false."""
-    # Left out of the canonical JSON at its default.
+    # Omitted from the canonical JSON at the default, to keep old digests.
     vllm: TrainingVllm = Field(TrainingVllm(), exclude_if=lambda vllm: vllm == TrainingVllm())
     lora: Lora = Lora()
     validate_every: int = Field(20, ge=1)
@@ -371,11 +379,9 @@ class PairwiseTraining(Training):
     rewards: PairwiseRewards = PairwiseRewards()
 
 
-class OwnTraining(Training):
+class OwnTraining(PointwiseTraining):
     """Training on own data, by the protocol of datasets.own."""
 
-    steps: int = Field(100, ge=1)
-    """Optimizer steps."""
     rewards: PointwiseRewards = PointwiseRewards()
     """Weights; with the pairwise protocol there is no approximate reward."""
 
@@ -431,7 +437,7 @@ class RolloutsVllm(Section):
 class Rollouts(Section):
     """Recording of rollouts on the test sets."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Engine = "transformers"
     """What generates; vllm needs an environment of its own (docs/vllm.md)."""
     vllm: RolloutsVllm = RolloutsVllm()
     sampling: Sampling = Sampling()
@@ -463,7 +469,7 @@ class Scoring(Section):
 
     report_k: list[int] = [1, 3]
     """The k of Mean@k to report; each at most blocks x block_size."""
-    missing_answer: Literal["wrong", "neutral", "dropped"] = "wrong"
+    missing_answer: MissingAnswer = "wrong"
     """An image without a valid sampled answer: its pairs are wrong, it gets the middle score, or its pairs drop out."""
     bootstrap: Bootstrap = Bootstrap()
 

@@ -1,40 +1,51 @@
-"""Which keys of the configuration each stage uses: its `config` argument, and nothing else reaches it.
+"""The keys of the configuration that each stage uses: its `config` argument, all that a stage sees of it.
 
-The canonical JSON of these models is a rule's parameter, so a stage reruns exactly when one of its own keys changed.
+The canonical JSON of these models is a parameter of each rule: a stage reruns exactly when one of its own keys changes.
 """
 
 import inspect
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field
 
 from workflow_scripts.configuration.model import (
     PROTOCOL,
+    Attention,
     Bootstrap,
     ColdStart,
     Configuration,
     CrossTest,
     Dataset,
+    Device,
     Distributed,
+    Dtype,
+    Engine,
     Hpdv2Hub,
     Hpdv2World,
     ImageRewardHub,
     ImageRewardWorld,
-    PairwiseRewards,
+    MissingAnswer,
     PairwiseTraining,
     PointwiseTraining,
     PolicyHub,
+    PolicyName,
+    PolicySource,
     Protocol,
     RolloutsVllm,
     Sampling,
     Section,
     Split,
+    SubsampleUnit,
     Track,
-    TrainingVllm,
 )
 from workflow_scripts.files.digests import canonical_json
 
-VALIDATION_FROM = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}  # HPDv2 has no such split
+# Split that validation prompts are taken from; HPDv2 has no validation split.
+VALIDATION_FROM: dict[str, Split] = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}
+
+
+# Omitted without own data to keep old digests.
+OwnTitle = Annotated[str | None, Field(exclude_if=lambda title: title is None)]
 
 
 class StageConfig(Section):
@@ -103,7 +114,7 @@ class SelectSubset(StageConfig):
     dataset: Dataset
     split: Split
     seed: int
-    by: Literal["prompt", "pair"]
+    by: SubsampleUnit
     fraction: float
     prompts: int | None
     drop_overlap: bool
@@ -113,7 +124,7 @@ class SelectSubset(StageConfig):
         """Select from the configuration."""
         data = getattr(c.datasets, dataset)
         whole = split == "test"
-        # A validation split of its own is drawn without looking at what training keeps; that of HPDv2 is not.
+        # Validation prompts of HPDv2 come from its training split, beside those that training keeps.
         shares = split == "train" or (split == "validation" and VALIDATION_FROM[dataset] == "train")
         return cls(
             dataset=dataset,
@@ -127,7 +138,7 @@ class SelectSubset(StageConfig):
 
 
 class ReadImages(StageConfig):
-    """Config of `read_images`: which positions of the subset's hash order; `stop` None is to the end."""
+    """Config of `read_images`: positions [start, stop) in the hash order of the subset; no `stop`: to the end."""
 
     dataset: Dataset
     split: Split
@@ -162,7 +173,7 @@ class ColdStartPolicy(StageConfig):
 class PrepareBasePolicy(StageConfig):
     """Config of `prepare_base_policy`."""
 
-    source: Literal["bundled", "cold_start", "hub"]
+    source: PolicySource
     bundled: str | None
     hub: PolicyHub | None
     downloads: str | None = None
@@ -180,14 +191,14 @@ class PrepareBasePolicy(StageConfig):
 
 
 class ModelConfig(Section):
-    """How a model is loaded and what it is asked: shared by training and rollouts."""
+    """How training and rollouts load a model and what they ask it."""
 
     protocol: Protocol
     template: str
-    dtype: Literal["float32", "bfloat16", "float16"]
-    device: Literal["cpu", "cuda"]
-    # These two are left out at their defaults, which is what was taken before there were the keys.
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", exclude_if=lambda name: name == "sdpa")
+    dtype: Dtype
+    device: Device
+    # `attention` and `image_processor` are omitted at the default to keep old digests.
+    attention: Attention = Field("sdpa", exclude_if=lambda name: name == "sdpa")
     min_pixels: int | None
     max_pixels: int | None
     image_processor: dict[str, Any] = Field(default={}, exclude_if=lambda settings: not settings)
@@ -197,16 +208,12 @@ class ModelConfig(Section):
     def of(cls, c: Configuration, track: Track) -> Self:
         """Select from the configuration."""
         protocol = protocol_of(c, track)
+        same = ("dtype", "device", "attention", "min_pixels", "max_pixels", "image_processor")
         return cls(
             protocol=protocol,
             template=getattr(c.prompts, protocol),
-            dtype=c.policy.dtype,
-            device=c.policy.device,
-            attention=c.policy.attention,
-            min_pixels=c.policy.min_pixels,
-            max_pixels=c.policy.max_pixels,
-            image_processor=c.policy.image_processor,
             numeric_threads=c.numeric_threads,
+            **{name: getattr(c.policy, name) for name in same},
         )
 
 
@@ -221,22 +228,18 @@ class TrainGrpo(StageConfig):
 
     @classmethod
     def of(cls, c: Configuration, track: Track, seed: int) -> Self:
-        """Select from the configuration: several processes sum in another order; of vLLM where it generates."""
-        training = getattr(c.training, track)
-        if track == "own":  # the keys of its protocol alone
-            keys = dict(training)
-            if protocol_of(c, track) == "pointwise":
-                training = PointwiseTraining(**keys)
-            else:
-                rewards = PairwiseRewards(format=training.rewards.format, exact=training.rewards.exact)
-                training = PairwiseTraining(**keys | {"rewards": rewards})
-        if training.generation == "transformers":
-            training = training.model_copy(update={"vllm": TrainingVllm()})
+        """Select from the configuration, without keys that have no effect on this training."""
+        model, given = ModelConfig.of(c, track), getattr(c.training, track)
+        pairwise = model.protocol == "pairwise"
+        # Own data have the keys of both protocols. Several processes sum in another order than one.
+        unused: dict[str, Any] = {"rewards": {"approximate"}} if pairwise else {}
+        if given.generation == "transformers":
+            unused["vllm"] = True
         return cls(
             track=track,
             seed=seed,
-            model=ModelConfig.of(c, track),
-            training=training,
+            model=model,
+            training=(PairwiseTraining if pairwise else PointwiseTraining)(**given.model_dump(exclude=unused)),
             distributed=c.distributed if c.distributed.processes > 1 else None,
         )
 
@@ -245,7 +248,7 @@ class GenerateRollouts(StageConfig):
     """Config of `generate_rollouts`; `start` and `stop` are positions in the hash order of the test prompts."""
 
     track: Track
-    policy: Literal["zeroshot", "grpo"]
+    policy: PolicyName
     test: Dataset
     seed: int
     shard: int
@@ -255,8 +258,8 @@ class GenerateRollouts(StageConfig):
     rollouts: int
     batch_items: int
     both_orders: bool
-    engine: Literal["transformers", "vllm"]
-    # Of the other engine nothing is known here: its canonical JSON is the one that it had before there were two.
+    engine: Engine
+    # Set only for vLLM.
     vllm: RolloutsVllm | None = Field(None, exclude_if=lambda vllm: vllm is None)
     sampling: Sampling
     model: ModelConfig
@@ -266,7 +269,7 @@ class GenerateRollouts(StageConfig):
         cls,
         c: Configuration,
         track: Track,
-        policy: Literal["zeroshot", "grpo"],
+        policy: PolicyName,
         test: Dataset,
         seed: int,
         shard: int,
@@ -293,71 +296,55 @@ class GenerateRollouts(StageConfig):
         )
 
 
-class ScoreRollouts(StageConfig):
-    """Config of `score_rollouts`."""
+class PolicyOnTest(StageConfig):
+    """What the stages have in common that score, measure and show one policy on one test set."""
 
     track: Track
-    policy: Literal["zeroshot", "grpo"]
+    policy: PolicyName
     test: Dataset
     seed: int
     protocol: Protocol
 
     @classmethod
-    def of(cls, c: Configuration, track: Track, policy: Literal["zeroshot", "grpo"], test: Dataset, seed: int) -> Self:
+    def of(cls, c: Configuration, track: Track, policy: PolicyName, test: Dataset, seed: int) -> Self:
         """Select from the configuration."""
-        return cls(track=track, policy=policy, test=test, seed=seed, protocol=protocol_of(c, track))
+        instance = {"track": track, "policy": policy, "test": test, "seed": seed}
+        return cls(**instance, protocol=protocol_of(c, track), **cls.settings(c, test))
+
+    @classmethod
+    def settings(cls, c: Configuration, test: Dataset) -> dict[str, Any]:
+        """Keys that only one of these stages has."""
+        return {}
 
 
-class MeasureAccuracy(StageConfig):
+class ScoreRollouts(PolicyOnTest):
+    """Config of `score_rollouts`."""
+
+
+class MeasureAccuracy(PolicyOnTest):
     """Config of `measure_accuracy`."""
 
-    track: Track
-    policy: Literal["zeroshot", "grpo"]
-    test: Dataset
-    seed: int
-    protocol: Protocol
     report_k: list[int]
-    missing_answer: Literal["wrong", "neutral", "dropped"]
+    missing_answer: MissingAnswer
     bootstrap: Bootstrap
 
     @classmethod
-    def of(cls, c: Configuration, track: Track, policy: Literal["zeroshot", "grpo"], test: Dataset, seed: int) -> Self:
-        """Select from the configuration."""
-        return cls(
-            track=track,
-            policy=policy,
-            test=test,
-            seed=seed,
-            protocol=protocol_of(c, track),
-            report_k=c.scoring.report_k,
-            missing_answer=c.scoring.missing_answer,
-            bootstrap=c.scoring.bootstrap,
-        )
+    def settings(cls, c: Configuration, test: Dataset) -> dict[str, Any]:
+        """Settings of the scoring."""
+        return dict(c.scoring)
 
 
-class MakeGallery(StageConfig):
+class MakeGallery(PolicyOnTest):
     """Config of `make_gallery`."""
 
-    track: Track
-    policy: Literal["zeroshot", "grpo"]
-    test: Dataset
-    seed: int
-    protocol: Protocol
     prompts: int
     traces: int
 
     @classmethod
-    def of(cls, c: Configuration, track: Track, policy: Literal["zeroshot", "grpo"], test: Dataset, seed: int) -> Self:
-        """Select from the configuration: no more prompts than are tested."""
-        return cls(
-            track=track,
-            policy=policy,
-            test=test,
-            seed=seed,
-            protocol=protocol_of(c, track),
-            prompts=min(c.report.gallery_prompts, getattr(c.datasets, test).test_prompts),
-            traces=c.report.traces,
-        )
+    def settings(cls, c: Configuration, test: Dataset) -> dict[str, Any]:
+        """Size of the gallery: at most the prompts that are tested."""
+        tested = getattr(c.datasets, test).test_prompts
+        return {"prompts": min(c.report.gallery_prompts, tested), "traces": c.report.traces}
 
 
 class MakeTables(StageConfig):
@@ -367,11 +354,10 @@ class MakeTables(StageConfig):
     cross_tests: list[CrossTest]
     seeds: list[int]
     report_k: list[int]
-    missing_answer: Literal["wrong", "neutral", "dropped"]
+    missing_answer: MissingAnswer
     bootstrap: Bootstrap
     hpsv2_fraction: float
-    # Left out without own data: tables without it keep the canonical JSON that they had before the key.
-    own_title: str | None = Field(default=None, exclude_if=lambda title: title is None)
+    own_title: OwnTitle = None
 
     @classmethod
     def of(cls, c: Configuration) -> Self:
@@ -380,11 +366,9 @@ class MakeTables(StageConfig):
             tracks=c.tracks,
             cross_tests=c.cross_tests,
             seeds=c.seeds,
-            report_k=c.scoring.report_k,
-            missing_answer=c.scoring.missing_answer,
-            bootstrap=c.scoring.bootstrap,
             hpsv2_fraction=c.datasets.hpsv2.train_fraction,
-            own_title=c.datasets.own.title if uses_own_data(c) else None,
+            own_title=own_title(c),
+            **dict(c.scoring),
         )
 
 
@@ -409,9 +393,9 @@ class MakeFigures(StageConfig):
     """Config of `make_figures`."""
 
     tracks: dict[str, Protocol]
-    missing_answer: Literal["wrong", "neutral", "dropped"]
+    missing_answer: MissingAnswer
     bootstrap: Bootstrap
-    own_title: str | None = Field(default=None, exclude_if=lambda title: title is None)
+    own_title: OwnTitle = None
 
     @classmethod
     def of(cls, c: Configuration) -> Self:
@@ -420,7 +404,7 @@ class MakeFigures(StageConfig):
             tracks={track: protocol_of(c, track) for track in c.tracks},
             missing_answer=c.scoring.missing_answer,
             bootstrap=c.scoring.bootstrap,
-            own_title=c.datasets.own.title if uses_own_data(c) else None,
+            own_title=own_title(c),
         )
 
 
@@ -429,16 +413,12 @@ class MakeReport(StageConfig):
 
     report_k: list[int]
     confidence: float
-    own_title: str | None = Field(default=None, exclude_if=lambda title: title is None)
+    own_title: OwnTitle = None
 
     @classmethod
     def of(cls, c: Configuration) -> Self:
         """Select from the configuration."""
-        return cls(
-            report_k=c.scoring.report_k,
-            confidence=c.scoring.bootstrap.confidence,
-            own_title=c.datasets.own.title if uses_own_data(c) else None,
-        )
+        return cls(report_k=c.scoring.report_k, confidence=c.scoring.bootstrap.confidence, own_title=own_title(c))
 
 
 STAGES: dict[str, Any] = {
@@ -461,12 +441,12 @@ STAGES: dict[str, Any] = {
     "rank_own_images": RankOwnImages,
 }
 
-# Those that run a model; the others import no torch and start in a second or two.
+# Stages that run a model; the others import no torch and start in a second or two.
 RUN_MODELS = ("cold_start_policy", "train_grpo", "generate_rollouts", "rank_own_images")
 
 
 def same_instance(c: Configuration, stage: str, recorded: dict[str, Any]) -> StageConfig:
-    """What this configuration asks of the stage instance (data set, track, seed, ...) of a recorded config."""
+    """Config that this configuration gives the stage instance (data set, track, seed, ...) of a recorded config."""
     model = STAGES[stage]
     _, *instance = inspect.signature(model.of).parameters
     found: StageConfig = model.of(c, **{name: recorded[name] for name in instance})
@@ -474,8 +454,13 @@ def same_instance(c: Configuration, stage: str, recorded: dict[str, Any]) -> Sta
 
 
 def protocol_of(c: Configuration, track: Track) -> Protocol:
-    """What a track trains and asks: of the user's own data it is configured, of the others published."""
+    """Protocol of a track: configured for the user's own data, published for the others."""
     return c.datasets.own.protocol if track == "own" else PROTOCOL[track]
+
+
+def own_title(c: Configuration) -> str | None:
+    """Title of the user's own data where a policy is trained or tested on them."""
+    return c.datasets.own.title if uses_own_data(c) else None
 
 
 def uses_own_data(c: Configuration) -> bool:
