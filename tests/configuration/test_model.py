@@ -199,6 +199,16 @@ def test_the_schema_catches_a_typo_in_an_editor() -> None:
             jsonschema.validate(raw, schema)
 
 
+@pytest.mark.parametrize(
+    "uri", ["http://me:planted-password@host", "postgresql://host/db?user=me&password=planted-password"]
+)
+def test_a_password_in_the_configuration_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigurationError, match="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as error:
+        load({"tracking": {"uri": uri}})
+    assert str(error.value).splitlines()[1].startswith("  tracking.uri: ") and "planted" not in str(error.value)
+    assert load({"tracking": {"uri": "http://host:5000"}}).tracking.uri == "http://host:5000"
+
+
 # ------------------------------------------------------------------------------------------------- stage configurations
 
 
@@ -310,7 +320,7 @@ def test_tables_are_told_of_own_data_only_where_they_are_used() -> None:
 def test_shards_cover_the_test_prompts_once() -> None:
     for prompts, size in ((10, 3), (9, 3), (1, 5), (2000, 500)):
         c = load({"datasets": {"imagereward": {"test_prompts": prompts}}, "rollouts": {"shard_prompts": size}})
-        ranges = [stages.shard_range(c, "imagereward", shard) for shard in targets.shards(c, "imagereward")]
+        ranges = [c.shard_range("imagereward", shard) for shard in targets.shards(c, "imagereward")]
         assert [position for start, stop in ranges for position in range(start, stop)] == list(range(prompts))
 
 

@@ -6,11 +6,13 @@
 import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from workflow_scripts.configuration.published import PUBLISHED
-from workflow_scripts.files.redaction import has_password, redacted
+from workflow_scripts.files.digests import canonical_json
+from workflow_scripts.files.redaction import IN_QUERY, redacted
 
 Dataset = Literal["imagereward", "hpsv2", "own"]
 Track = Literal["imagereward", "hpsv2", "own"]
@@ -26,12 +28,22 @@ Engine = Literal["transformers", "vllm"]
 MissingAnswer = Literal["wrong", "neutral", "dropped"]
 Protocol = Literal["pointwise", "pairwise"]
 PROTOCOL: dict[str, Protocol] = {"imagereward": "pointwise", "hpsv2": "pairwise"}  # datasets.own.protocol is a key
+# Split that validation prompts are taken from: HPDv2 is published without a validation split.
+VALIDATION_FROM: dict[str, Split] = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}
 
 
 class Section(BaseModel):
     """A group of keys: unknown ones are refused, values cannot change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class StageConfig(Section):
+    """Keys that one stage instance uses, wildcards included."""
+
+    def canonical(self) -> str:
+        """Text that differs exactly when the stage has to rerun."""
+        return canonical_json(self.model_dump(mode="json"))
 
 
 class ImageRewardHub(Section):
@@ -540,7 +552,7 @@ class Tracking(Section):
     @field_validator("uri")
     @classmethod
     def _without_password(cls, value: str) -> str:
-        if has_password(value):
+        if urlsplit(value).password or IN_QUERY.search(value):
             raise ValueError(
                 "a password does not belong into the configuration; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD in the environment, or for a database MLFLOW_TRACKING_URI"
@@ -613,6 +625,19 @@ class Configuration(Section):
     ranking: Ranking = Ranking()
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
+
+    def protocol_of(self, track: Track) -> Protocol:
+        """Protocol of a track: configured for the user's own data, published for the others."""
+        return self.datasets.own.protocol if track == "own" else PROTOCOL[track]
+
+    def uses_own_data(self) -> bool:
+        """Whether a policy is trained or tested on the user's own data."""
+        return "own" in self.tracks or any(cross.test == "own" for cross in self.cross_tests)
+
+    def shard_range(self, test: Dataset, shard: int) -> tuple[int, int]:
+        """Positions [start, stop) of a shard in the hash order of the test prompts; only the last one is cut short."""
+        start = shard * self.rollouts.shard_prompts
+        return start, min(start + self.rollouts.shard_prompts, getattr(self.datasets, test).test_prompts)
 
     @field_validator("seeds")
     @classmethod

@@ -8,8 +8,15 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field
 
+from workflow_scripts.configuration.data_stages import (
+    DownloadDataset,
+    ReadAnnotations,
+    ReadImages,
+    RecordOwnData,
+    SelectSubset,
+    SynthesizeDataset,
+)
 from workflow_scripts.configuration.model import (
-    PROTOCOL,
     Attention,
     Bootstrap,
     ColdStart,
@@ -20,10 +27,6 @@ from workflow_scripts.configuration.model import (
     Distributed,
     Dtype,
     Engine,
-    Hpdv2Hub,
-    Hpdv2World,
-    ImageRewardHub,
-    ImageRewardWorld,
     MissingAnswer,
     PairwiseTraining,
     PointwiseTraining,
@@ -34,123 +37,12 @@ from workflow_scripts.configuration.model import (
     RolloutsVllm,
     Sampling,
     Section,
-    Split,
-    SubsampleUnit,
+    StageConfig,
     Track,
 )
-from workflow_scripts.files.digests import canonical_json
-
-# Split that validation prompts are taken from; HPDv2 has no validation split.
-VALIDATION_FROM: dict[str, Split] = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}
-
 
 # Omitted without own data to keep old digests.
 OwnTitle = Annotated[str | None, Field(exclude_if=lambda title: title is None)]
-
-
-class StageConfig(Section):
-    """What one stage instance uses, wildcards included."""
-
-    def canonical(self) -> str:
-        """Text that differs exactly when the stage has to rerun."""
-        return canonical_json(self.model_dump(mode="json"))
-
-
-class SynthesizeDataset(StageConfig):
-    """Config of `synthesize_dataset`."""
-
-    dataset: Dataset
-    world: Hpdv2World | ImageRewardWorld  # the one with fewer keys first: the first that fits is taken
-
-    @classmethod
-    def of(cls, c: Configuration, dataset: Dataset) -> Self:
-        """Select from the configuration."""
-        return cls(dataset=dataset, world=getattr(c.datasets, dataset).synthetic)
-
-
-class DownloadDataset(StageConfig):
-    """Config of `download_dataset`."""
-
-    dataset: Dataset
-    hub: Hpdv2Hub | ImageRewardHub
-
-    @classmethod
-    def of(cls, c: Configuration, dataset: Dataset) -> Self:
-        """Select from the configuration."""
-        return cls(dataset=dataset, hub=getattr(c.datasets, dataset).hub)
-
-
-class RecordOwnData(StageConfig):
-    """Config of `record_own_data`."""
-
-    folder: str
-    annotations: str
-    split_seed: int
-    validation_fraction: float
-    test_fraction: float
-
-    @classmethod
-    def of(cls, c: Configuration) -> Self:
-        """Select from the configuration."""
-        own = c.datasets.own
-        return cls(**{name: getattr(own, name) for name in cls.model_fields})
-
-
-class ReadAnnotations(StageConfig):
-    """Config of `read_annotations`."""
-
-    dataset: Dataset
-    split: Split
-
-    @classmethod
-    def of(cls, c: Configuration, dataset: Dataset, split: Split) -> Self:
-        """Select from the configuration."""
-        return cls(dataset=dataset, split=split)
-
-
-class SelectSubset(StageConfig):
-    """Config of `select_subset`: `fraction` for training, `prompts` for validation, everything (in order) for test."""
-
-    dataset: Dataset
-    split: Split
-    seed: int
-    by: SubsampleUnit
-    fraction: float
-    prompts: int | None
-    drop_overlap: bool
-
-    @classmethod
-    def of(cls, c: Configuration, dataset: Dataset, split: Split) -> Self:
-        """Select from the configuration."""
-        data = getattr(c.datasets, dataset)
-        whole = split == "test"
-        # Validation prompts of HPDv2 come from its training split, beside those that training keeps.
-        shares = split == "train" or (split == "validation" and VALIDATION_FROM[dataset] == "train")
-        return cls(
-            dataset=dataset,
-            split=split,
-            seed=data.subsample_seed,
-            by=data.subsample_by if shares else "prompt",
-            fraction=data.train_fraction if shares else 1.0,
-            prompts=data.validation_prompts if split == "validation" else None,
-            drop_overlap=not whole and data.drop_overlap,
-        )
-
-
-class ReadImages(StageConfig):
-    """Config of `read_images`: positions [start, stop) in the hash order of the subset; no `stop`: to the end."""
-
-    dataset: Dataset
-    split: Split
-    shard: int
-    start: int
-    stop: int | None
-
-    @classmethod
-    def of(cls, c: Configuration, dataset: Dataset, split: Split, shard: int) -> Self:
-        """Select from the configuration: test images by shard, those of the other splits in one piece."""
-        start, stop = shard_range(c, dataset, shard) if split == "test" else (0, None)
-        return cls(dataset=dataset, split=split, shard=shard, start=start, stop=stop)
 
 
 class ColdStartPolicy(StageConfig):
@@ -207,7 +99,7 @@ class ModelConfig(Section):
     @classmethod
     def of(cls, c: Configuration, track: Track) -> Self:
         """Select from the configuration."""
-        protocol = protocol_of(c, track)
+        protocol = c.protocol_of(track)
         same = ("dtype", "device", "attention", "min_pixels", "max_pixels", "image_processor")
         return cls(
             protocol=protocol,
@@ -266,17 +158,10 @@ class GenerateRollouts(StageConfig):
 
     @classmethod
     def of(
-        cls,
-        c: Configuration,
-        track: Track,
-        policy: PolicyName,
-        test: Dataset,
-        seed: int,
-        shard: int,
-        block: int,
+        cls, c: Configuration, track: Track, policy: PolicyName, test: Dataset, seed: int, shard: int, block: int
     ) -> Self:
         """Select from the configuration."""
-        start, stop = shard_range(c, test, shard)
+        start, stop = c.shard_range(test, shard)
         return cls(
             track=track,
             policy=policy,
@@ -288,7 +173,7 @@ class GenerateRollouts(StageConfig):
             block=block,
             rollouts=c.rollouts.block_size,
             batch_items=c.rollouts.batch_items,
-            both_orders=protocol_of(c, track) == "pairwise" and c.rollouts.both_orders,
+            both_orders=c.protocol_of(track) == "pairwise" and c.rollouts.both_orders,
             engine=c.rollouts.engine,
             vllm=c.rollouts.vllm if c.rollouts.engine == "vllm" else None,
             sampling=c.rollouts.sampling,
@@ -309,7 +194,7 @@ class PolicyOnTest(StageConfig):
     def of(cls, c: Configuration, track: Track, policy: PolicyName, test: Dataset, seed: int) -> Self:
         """Select from the configuration."""
         instance = {"track": track, "policy": policy, "test": test, "seed": seed}
-        return cls(**instance, protocol=protocol_of(c, track), **cls.settings(c, test))
+        return cls(**instance, protocol=c.protocol_of(track), **cls.settings(c, test))
 
     @classmethod
     def settings(cls, c: Configuration, test: Dataset) -> dict[str, Any]:
@@ -401,7 +286,7 @@ class MakeFigures(StageConfig):
     def of(cls, c: Configuration) -> Self:
         """Select from the configuration."""
         return cls(
-            tracks={track: protocol_of(c, track) for track in c.tracks},
+            tracks={track: c.protocol_of(track) for track in c.tracks},
             missing_answer=c.scoring.missing_answer,
             bootstrap=c.scoring.bootstrap,
             own_title=own_title(c),
@@ -453,22 +338,6 @@ def same_instance(c: Configuration, stage: str, recorded: dict[str, Any]) -> Sta
     return found
 
 
-def protocol_of(c: Configuration, track: Track) -> Protocol:
-    """Protocol of a track: configured for the user's own data, published for the others."""
-    return c.datasets.own.protocol if track == "own" else PROTOCOL[track]
-
-
 def own_title(c: Configuration) -> str | None:
     """Title of the user's own data where a policy is trained or tested on them."""
-    return c.datasets.own.title if uses_own_data(c) else None
-
-
-def uses_own_data(c: Configuration) -> bool:
-    """Whether a policy is trained or tested on the user's own data."""
-    return "own" in c.tracks or any(cross.test == "own" for cross in c.cross_tests)
-
-
-def shard_range(c: Configuration, test: Dataset, shard: int) -> tuple[int, int]:
-    """Positions [start, stop) of a shard in the hash order of the test prompts; only the last one is cut short."""
-    start = shard * c.rollouts.shard_prompts
-    return start, min(start + c.rollouts.shard_prompts, getattr(c.datasets, test).test_prompts)
+    return c.datasets.own.title if c.uses_own_data() else None

@@ -1,7 +1,6 @@
 """Files that the Snakefile asks for, and the raw files that they are made from."""
 
-from workflow_scripts.configuration.model import Configuration, Dataset, Track
-from workflow_scripts.configuration.stages import VALIDATION_FROM, uses_own_data
+from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset, Track
 from workflow_scripts.files.paths import ROOT, from_here
 
 FIGURES = (
@@ -65,19 +64,9 @@ def dataset_record(c: Configuration, dataset: Dataset) -> str:
     return f"{c.downloads}/{getattr(c.datasets, dataset).source}/{dataset}/dataset.json"
 
 
-def bundled_files(c: Configuration) -> list[str]:
-    """Files of the bundled policy that a changed model would change.
-
-    Relative to the working directory where they are in it: a moved repository has the same inputs.
-    """
-    if c.policy.source != "bundled":
-        return []
-    return from_here(sorted((ROOT / c.policy.bundled).glob("*.safetensors")))
-
-
 def own_files(c: Configuration) -> list[str]:
     """The user's table, and all other files of its folder: a changed image is another data set. None if not used."""
-    if not uses_own_data(c):
+    if not c.uses_own_data():
         return []
     own = c.datasets.own
     folder = ROOT / own.folder
@@ -85,17 +74,6 @@ def own_files(c: Configuration) -> list[str]:
         path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".csv", ".jsonl", ".parquet")
     ]
     return from_here([folder / own.annotations, *sorted(images)])
-
-
-def ranked_images(c: Configuration) -> list[str]:
-    """The user's table and the images to rank that are there; none where nothing is to be ranked."""
-    if not c.ranking.images:
-        return []
-    from workflow_scripts.ranking.listing import listed  # here, so that no stage loads it
-
-    given = ROOT / c.ranking.images
-    paths = {one.path for one in listed(given, c.ranking.prompt)}
-    return from_here([*([given] if given.is_file() else []), *sorted(path for path in paths if path.is_file())])
 
 
 def ranking_files(c: Configuration) -> list[str]:

@@ -8,6 +8,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+from workflow_scripts.configuration.data_stages import SelectSubset
+from workflow_scripts.configuration.model import VALIDATION_FROM
+
 
 class SubsamplingError(ValueError):
     """More is asked for than there is: says how much there is."""
@@ -26,6 +29,47 @@ class Kept(NamedTuple):
     prompts: list[str]  # prompt_ids in hash order
     pairs: set[str] | None  # names of the kept pairs; None: all pairs of these prompts
     of: int  # units that the fraction was taken of
+
+
+class Selection(NamedTuple):
+    """What is used of a split."""
+
+    leaked: Overlap
+    dropped: set[str]  # prompt_ids that are left out since they leak
+    prompts: list[str]  # prompt_ids in hash order
+    pairs: set[str] | None  # names of the kept pairs; None: all pairs of these prompts
+    of: int  # units (prompts or pairs) that these were taken from
+
+
+def select(
+    config: SelectSubset,
+    texts: Mapping[str, str],
+    others: Iterable[Mapping[str, str]],
+    pairs: Mapping[str, Sequence[str]] | None,
+) -> Selection:
+    """Select what is used of a split: a fraction for training, so many prompts for validation, all of the test split.
+
+    Args:
+        config: what to keep.
+        texts: normalised text by prompt_id, of the split that the prompts are taken from.
+        others: the same of each split that must not overlap with it.
+        pairs: names of each prompt's pairs by `pair_unit`, to keep single pairs; None keeps prompts with all pairs.
+
+    Raises:
+        SubsamplingError: the fraction keeps nothing, or training leaves too few prompts for validation.
+    """
+    leaked = overlap(texts, others)
+    dropped = leaked.ids | leaked.texts if config.drop_overlap else set()
+    order = hash_order(config.seed, texts.keys() - dropped)
+    if config.split == "test":
+        return Selection(leaked, dropped, order, None, len(order))
+    if config.split == "validation" and VALIDATION_FROM[config.dataset] == "validation":
+        return Selection(leaked, dropped, order[: config.prompts], None, len(order))
+    kept = keep_fraction(order, config.fraction, config.seed, pairs)
+    if config.split == "train":
+        return Selection(leaked, dropped, *kept)
+    drawn = draw_validation(order, kept.prompts, texts, config.prompts or 0)
+    return Selection(leaked, dropped, drawn, None, len(order))
 
 
 def hash_order(seed: int, ids: Iterable[str]) -> list[str]:

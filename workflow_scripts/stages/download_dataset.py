@@ -9,8 +9,8 @@ they are: in the folder that `hub.path` names, or in the cache of the Hub's clie
 
 from pathlib import Path
 
+from workflow_scripts.configuration.data_stages import DownloadDataset
 from workflow_scripts.configuration.model import Hpdv2Hub, ImageRewardHub
-from workflow_scripts.configuration.stages import DownloadDataset
 from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.preferences.hub import HubError, fetch

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from workflow_scripts.configuration.stages import ReadImages
+from workflow_scripts.configuration.data_stages import ReadImages
 from workflow_scripts.files.records import checked_raw_file
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.preferences.archives import ArchiveError, iter_images

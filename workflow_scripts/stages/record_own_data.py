@@ -10,7 +10,7 @@ The files stay where they are; who reads one later compares it with this record.
 import os
 from pathlib import Path
 
-from workflow_scripts.configuration.stages import RecordOwnData
+from workflow_scripts.configuration.data_stages import RecordOwnData
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json

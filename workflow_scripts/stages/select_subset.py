@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from workflow_scripts.configuration.stages import SelectSubset
+from workflow_scripts.configuration.data_stages import SelectSubset
 from workflow_scripts.preferences import subsampling
 from workflow_scripts.preferences.schema import PREFERENCES, ROW_GROUP, SUBSET, read_table, write_preferences
 from workflow_scripts.running.command_line import Input, Output, StageArguments
@@ -42,8 +42,8 @@ class Arguments(StageArguments):
 def main() -> None:
     """Run the stage."""
     arguments = Arguments.parse()
+    config = arguments.config
     with run_stage(arguments) as run:
-        config = arguments.config
         if config.drop_overlap and not arguments.test_preferences:
             raise subsampling.SubsamplingError(
                 "drop_overlap needs --test_preferences; give it or set drop_overlap to false"
@@ -51,41 +51,37 @@ def main() -> None:
         table = read_table(arguments.preferences, PREFERENCES)
         texts = normalised_texts(table)
         others = [path for path in (arguments.test_preferences, arguments.train_preferences) if path]
-        leaked = subsampling.overlap(texts, [normalised_texts(read_table(path, PREFERENCES)) for path in others])
-        dropped = leaked.ids | leaked.texts if config.drop_overlap else set()
-        order = subsampling.hash_order(config.seed, texts.keys() - dropped)
+        units = pair_units(table) if config.by == "pair" else None
+        selection = subsampling.select(
+            config, texts, [normalised_texts(read_table(path, PREFERENCES)) for path in others], units
+        )
+        if config.split == "validation" and config.prompts and len(selection.prompts) < config.prompts:
+            run.warn(f"{config.prompts} validation prompts are asked for, the split has only {len(selection.prompts)}")
+        rows = selected_rows(table, selection, units)
+        numbered = (row | {"position": position} for position, row in enumerate(rows))
+        written = write_preferences(arguments.output, numbered, SUBSET)
         counts = {
             "prompts": len(texts),
             "duplicate_texts": len(texts) - len(set(texts.values())),
-            "overlap_ids": len(leaked.ids),
-            "overlap_texts": len(leaked.texts),
-            "dropped": len(dropped),
+            "overlap_ids": len(selection.leaked.ids),
+            "overlap_texts": len(selection.leaked.texts),
+            "dropped": len(selection.dropped),
+            "kept": len(selection.prompts if selection.pairs is None else selection.pairs),
+            "of": selection.of,
         }
+        run.metrics({**counts, **{f"selected_{name}": number for name, number in written.items()}})
 
-        chosen, units, pairs, of = order, None, None, len(order)
-        if config.split == "validation" and config.dataset != "hpsv2":
-            chosen = order[: config.prompts]
-            if config.prompts and len(chosen) < config.prompts:
-                run.warn(f"{config.prompts} validation prompts are asked for, the split has only {len(chosen)}")
-        elif config.split != "test":
-            units = pair_units(table) if config.by == "pair" else None
-            kept = subsampling.keep_fraction(order, config.fraction, config.seed, units)
-            if config.split == "train":
-                chosen, pairs, of = kept
-            else:
-                chosen = subsampling.draw_validation(order, kept.prompts, texts, config.prompts or 0)
-        counts |= {"kept": len(chosen) if pairs is None else len(pairs), "of": of}
 
-        place = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
-        places = pa.array([place[name] for name in chosen], pa.int64())
-        if units is None or pairs is None:
-            rows = stream_rows(table.take(places))
-        else:
-            mask = [unit in pairs for of_prompt in units.values() for unit in of_prompt]
-            rows = subsampling.restricted(stream_rows(filter_pairs(table, mask).take(places)))
-        numbered = (row | {"position": position} for position, row in enumerate(rows))
-        selected = write_preferences(arguments.output, numbered, SUBSET)
-        run.metrics({**counts, **{f"selected_{name}": number for name, number in selected.items()}})
+def selected_rows(
+    table: pa.Table, selection: subsampling.Selection, units: dict[str, list[str]] | None
+) -> Iterator[dict[str, Any]]:
+    """Selected rows in hash order, with the selected pairs and the images of these."""
+    place = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
+    places = pa.array([place[name] for name in selection.prompts], pa.int64())
+    if units is None or selection.pairs is None:
+        return stream_rows(table.take(places))
+    mask = [unit in selection.pairs for of_prompt in units.values() for unit in of_prompt]
+    return subsampling.restricted(stream_rows(filter_pairs(table, mask).take(places)))
 
 
 def stream_rows(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,8 @@ python -m workflow_scripts.stages.synthesize_dataset --output results/downloads/
 The output is the record of the data set; the raw files stand beside it.
 """
 
+from workflow_scripts.configuration.data_stages import SynthesizeDataset
 from workflow_scripts.configuration.model import ImageRewardWorld
-from workflow_scripts.configuration.stages import SynthesizeDataset
 from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.preferences.synthetic_layouts import write_hpdv2, write_imagereward
