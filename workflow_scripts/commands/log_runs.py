@@ -22,12 +22,13 @@ from workflow_scripts.commands.register import ADAPTER, KEYS, register_all
 from workflow_scripts.configuration.model import Configuration, ConfigurationError, Tracking, load
 from workflow_scripts.files.instances import instance_name
 from workflow_scripts.files.records import ProvenanceError
-from workflow_scripts.files.redaction import redact_output, redacted
+from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.running.command_line import tell_briefly
 from workflow_scripts.running.environment import stage_environment
 from workflow_scripts.running.locks import Lock, LockedError
 from workflow_scripts.running.provenance import SUFFIX, read_sidecar, sidecar_path, sidecars, verify
+from workflow_scripts.running.redacted_output import redact_output
 from workflow_scripts.tracking.pages import NOTE, run_note
 from workflow_scripts.tracking.stage_run import Run, finish, finished_runs, open_store
 

@@ -15,8 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.files.redaction import redact_output
 from workflow_scripts.running.command_line import tell_briefly
+from workflow_scripts.running.redacted_output import redact_output
 
 SHOWN = 40  # rows of the table in the terminal; the files have all
 

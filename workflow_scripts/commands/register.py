@@ -23,13 +23,14 @@ from typing import Any
 
 from workflow_scripts.configuration.model import Configuration, Tracking, load
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.files.redaction import redact_output, redacted
+from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import base_path
 from workflow_scripts.running.code_digest import PACKAGE
 from workflow_scripts.running.command_line import tell_briefly
 from workflow_scripts.running.environment import stage_environment
 from workflow_scripts.running.provenance import read_sidecar, sidecar_path, verify
+from workflow_scripts.running.redacted_output import redact_output
 from workflow_scripts.tracking.stage_run import finished_runs, open_store
 
 ADAPTER = "adapter_model.safetensors"

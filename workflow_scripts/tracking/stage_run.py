@@ -27,13 +27,14 @@ from filelock import FileLock
 from workflow_scripts.files.digests import canonical_json, file_digest
 from workflow_scripts.files.instances import INSTANCE_KEYS, instance_name
 from workflow_scripts.files.records import ProvenanceError, file_record
-from workflow_scripts.files.redaction import redact_output, redacted
+from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import replacing, write_json
 from workflow_scripts.running.code_digest import PACKAGE, code_digest
 from workflow_scripts.running.command_line import StageArguments, freeze_imports
 from workflow_scripts.running.locks import Lock
 from workflow_scripts.running.progress import lines_in_logs
 from workflow_scripts.running.provenance import git_commit, sidecar_path, stage_key, verify_chain, versions
+from workflow_scripts.running.redacted_output import redact_output
 from workflow_scripts.tracking.pages import EXPERIMENT_NOTE, NOTE, chosen_params, curve_name, input_name, run_note
 
 log = logging.getLogger("softpref")
