@@ -31,7 +31,7 @@ from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import LARGEST_ASPECT_RATIO, decoded
-from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_images, write_images, write_preferences
+from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_image_rows, write_images, write_preferences
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.running.provenance import sidecar_path
@@ -118,7 +118,7 @@ def test_training_and_rollouts_see_the_same_pixels(
     listing: dict[str, Any], policies: dict[str, Any], tmp_path: Path
 ) -> None:
     images = image_reader(tmp_path / "images.parquet", tmp_path / "cache")
-    rows = {row["image_id"]: row for row in read_images([tmp_path / "images.parquet"])}
+    rows = {row["image_id"]: row for row in read_image_rows([tmp_path / "images.parquet"])}
     assert set(images.sizes) == set(rows) == set(READABLE)
     policy = policies["imagereward"]
     chat = policy.processor.apply_chat_template(messages(policy.template, "a cat"), tokenize=False)

@@ -226,7 +226,7 @@ def write_images(path: Path, rows: Iterable[dict[str, Any]]) -> set[str]:
     return written
 
 
-def read_images(paths: list[Path]) -> Iterator[dict[str, Any]]:
+def read_image_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Stream rows of IMAGES files, never all in memory.
 
     Raises:
