@@ -18,9 +18,12 @@ from workflow_scripts.configuration.model import (
     Configuration,
     ConfigurationError,
     Dataset,
+    PairwiseTraining,
+    PointwiseTraining,
     Section,
     Split,
     Track,
+    TrainingVllm,
     load,
 )
 from workflow_scripts.files.digests import canonical_json
@@ -315,6 +318,22 @@ def test_tables_are_told_of_own_data_only_where_they_are_used() -> None:
     assert "own_title" not in json.loads(stages.MakeTables.of(load(own)).canonical())
     for use in ({"tracks": ["own"]}, {"cross_tests": [{"track": "hpsv2", "test": "own"}]}):
         assert stages.MakeTables.of(load(own | use)).own_title == "shapes"
+
+
+def test_defaults_that_the_canonical_json_omits_are_fixed() -> None:
+    """A stage fills in what is omitted, so another default would change results without a rerun."""
+    model = stages.ModelConfig.model_fields
+    assert (model["attention"].default, model["image_processor"].default) == ("sdpa", {})
+    vllm = {"gpu_memory_utilization": 0.3, "max_model_len": 4096, "server_url": "http://127.0.0.1:8000"}
+    assert TrainingVllm().model_dump() == vllm
+    omitting = {
+        (owner.__name__, name)
+        for owner in (*stages.STAGES.values(), stages.ModelConfig, PointwiseTraining, PairwiseTraining)
+        for name, field in owner.model_fields.items()
+        if field.exclude_if and field.default is not None
+    }
+    trainings = {("PointwiseTraining", "vllm"), ("PairwiseTraining", "vllm")}
+    assert omitting == {("ModelConfig", "attention"), ("ModelConfig", "image_processor")} | trainings
 
 
 def test_shards_cover_the_test_prompts_once() -> None:

@@ -222,7 +222,7 @@ def test_wrong_bytes_of_the_right_size_are_fetched_again(
 def test_a_file_that_is_always_too_short_is_named(hub: Hub, lab: Repository, fetch: Client, tmp_path: Path) -> None:
     lab.faults["folder/part.zip"] = ["short"] * 20
     error = fetch(tmp_path, ["folder/part.zip"])["error"]
-    assert error.startswith("lab/data, folder/part.zip: run snakemake again, it goes on with what has arrived")
+    assert error.startswith("lab/data, folder/part.zip: run snakemake again, it resumes what has arrived")
     assert not (tmp_path / COMMIT / "folder/part.zip").exists()
 
 
@@ -247,7 +247,7 @@ def test_too_little_disk_is_said_before_anything_is_fetched(
         ),
         (
             {"repository": "no name!"},
-            "no name!: this is no name of a repository, or what answers is no Hub; check datas",
+            "no name!: this is not the name of a repository, or the server no Hub; check datas",
         ),
         ({"revision": "v9"}, "lab/data: it has no revision v9; set datasets.x.hub.revision to a commit, tag or branch"),
         ({"patterns": ["small.json", "no.json"]}, f"lab/data at {COMMIT} has no no.json (1 of 2 files are not there)"),

@@ -1,7 +1,7 @@
-"""Keeping secrets of the environment out of everything that is written: tokens, passwords, addresses with a login.
+"""Redaction of texts that are written: no tokens, passwords or addresses with a login.
 
-A secret is the value of a variable that is named like one (HF_TOKEN, MLFLOW_TRACKING_PASSWORD, AWS_SECRET_ACCESS_KEY),
-and the login in an address wherever it stands (MLFLOW_TRACKING_URI, HF_ENDPOINT, HTTPS_PROXY).
+Secrets are the values of variables that are named like one (HF_TOKEN, MLFLOW_TRACKING_PASSWORD,
+AWS_SECRET_ACCESS_KEY), and the login in any address (MLFLOW_TRACKING_URI, HF_ENDPOINT, HTTPS_PROXY).
 """
 
 import os
@@ -11,12 +11,12 @@ from urllib.parse import unquote, urlsplit
 NAMED_SECRET = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS|_KEY)$", re.IGNORECASE)
 LOGIN = re.compile(r"(?<=://)[^\s/@'\"]*(@[^\s/@'\"]*)*@")
 IN_QUERY = re.compile(r"(?<=[?&])([\w-]*(?:password|token|secret|signature)=)[^&\s'\"]+", re.IGNORECASE)
-SHORTEST = 6  # a shorter value may be any word: "1", "false"
+SHORTEST = 6  # characters; a shorter value may be any word: "1", "false"
 HIDDEN = "[hidden]"
 
 
 def redacted(text: str) -> str:
-    """The text without the logins of its addresses and without the secrets of the environment."""
+    """Remove logins from the addresses in a text, and replace the secrets of the environment."""
     text = IN_QUERY.sub(rf"\1{HIDDEN}", LOGIN.sub("", text))
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
@@ -24,7 +24,7 @@ def redacted(text: str) -> str:
 
 
 def _secrets() -> list[str]:
-    """Secrets of the environment, the longest first: a shorter one may be a part of it."""
+    """List the secrets of the environment, the longest first: a shorter one may be a part of it."""
     found = set()
     for name, value in os.environ.items():
         if NAMED_SECRET.search(name):

@@ -295,7 +295,7 @@ def patiently(call: Callable[[], Any], progress: Callable[[], int] = lambda: 0) 
         except (HTTPError, OSError) as error:
             if not _is_transient(error) or progress() <= reached:
                 raise
-            log.warning("%s; going on where that stopped", _brief(error))
+            log.warning("%s; resuming", _brief(error))
 
 
 def _wait(state: RetryCallState) -> float:
@@ -341,12 +341,12 @@ def _explained(error: Exception, what: str, revision: str, key: str) -> HubError
     elif status == 429:
         say = "the Hub limits the rate of requests; wait, or give a token (HF_TOKEN), and run snakemake again"
     elif isinstance(error, ValueError):
-        say = f"this is no name of a repository, or what answers is no Hub; check {key}.repository and HF_ENDPOINT"
+        say = f"this is not the name of a repository, or the server no Hub; check {key}.repository and HF_ENDPOINT"
     elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         say = "the disk is full; free some space, or set downloads to a folder on a larger disk"
     else:
         say = (
-            "run snakemake again, it goes on with what has arrived; without a connection use a filled cache "
+            "run snakemake again, it resumes what has arrived; without a connection use a filled cache "
             f"(HF_HUB_OFFLINE=1), or set {key}.path to a folder with the files"
         )
     return HubError(f"{what}: {say} ({_brief(error)})")

@@ -26,11 +26,11 @@ class Arguments(StageArguments):
     """Read the published annotations of a split into the canonical table."""
 
     record: Input
-    """dataset.json of the data set; it says where the raw files are."""
+    """dataset.json of the data set, which names the raw files."""
     output: Output
     """preferences.parquet: one row for each prompt."""
     config: ReadAnnotations
-    """Which data set and split, and how much of it is published."""
+    """Data set, split, and the counts that are published."""
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def annotated_prompts(path: Path, record: dict[str, Any], config: ReadAnnotations) -> Iterable[dict[str, Any]]:
-    """Rows of PREFERENCES, by the reader of the data set.
+    """Start the reader of the data set, which yields rows of PREFERENCES.
 
     Raises:
         ProvenanceError: the raw file of annotations has changed since the record was written.
@@ -66,7 +66,7 @@ def annotated_prompts(path: Path, record: dict[str, Any], config: ReadAnnotation
     else:
         name = record["annotations"]
         rows = own_data.read_preferences(folder, name, split, record["splits"])
-    checked_raw_file(name, record, path)  # no row is read yet
+    checked_raw_file(name, record, path)  # before any row is read
     return rows
 
 

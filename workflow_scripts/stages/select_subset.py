@@ -1,4 +1,4 @@
-"""Select the prompts of a split that are used, and put them in hash order.
+"""Select prompts of a split and put them in hash order.
 
 python -m workflow_scripts.stages.select_subset --preferences results/datasets/hpsv2/train/preferences.parquet \
     --test_preferences results/datasets/hpsv2/test/preferences.parquet \
@@ -6,8 +6,8 @@ python -m workflow_scripts.stages.select_subset --preferences results/datasets/h
     --config '{"dataset": "hpsv2", "split": "train", "seed": 0, "by": "prompt", "fraction": 0.25, "prompts": null,
                "drop_overlap": true}'
 
-Training keeps a fraction; validation is the data set's own split or, for HPDv2, drawn from what training leaves; the
-test split is kept whole. Prompts that leak from the test split are dropped before the fraction is taken.
+Training keeps a fraction. Validation prompts come from the split of the data set or, for HPDv2, from what training
+leaves. The test split is kept whole. Prompts that leak from the test split are dropped before the fraction is taken.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from workflow_scripts.tracking.stage_run import run_stage
 
 
 class Arguments(StageArguments):
-    """Select the prompts of a split that are used, and put them in hash order."""
+    """Select prompts of a split and put them in hash order."""
 
     preferences: Input
     """Canonical annotations of the split; for HPDv2's validation those of its training split."""
@@ -36,7 +36,7 @@ class Arguments(StageArguments):
     output: Output
     """subset.parquet: the selected rows with their position in the hash order."""
     config: SelectSubset
-    """What to keep."""
+    """Settings of the split."""
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
 def selected_rows(
     table: pa.Table, selection: subsampling.Selection, units: dict[str, list[str]] | None
 ) -> Iterator[dict[str, Any]]:
-    """Selected rows in hash order, with the selected pairs and the images of these."""
+    """Stream the selected rows in hash order, with the selected pairs and their images."""
     place = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
     places = pa.array([place[name] for name in selection.prompts], pa.int64())
     if units is None or selection.pairs is None:
@@ -85,19 +85,19 @@ def selected_rows(
 
 
 def stream_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows of a table, a few at a time as Python objects."""
+    """Yield the rows of a table, with only a few at a time as Python objects."""
     for batch in table.to_batches(max_chunksize=ROW_GROUP):
         yield from batch.to_pylist()
 
 
 def normalised_texts(table: pa.Table) -> dict[str, str]:
-    """Normalised prompt text by prompt_id."""
+    """Return the normalised prompt text by prompt_id."""
     ids, prompts = table["prompt_id"].to_pylist(), table["prompt"].to_pylist()
     return {name: subsampling.normalised(prompt) for name, prompt in zip(ids, prompts, strict=True)}
 
 
 def pair_units(table: pa.Table) -> dict[str, list[str]]:
-    """Names of the given pairs of each prompt, in the order of the table."""
+    """Name the given pairs of each prompt, in the order of the table."""
     ids, pairs = table["prompt_id"].to_pylist(), table["pairs"].combine_chunks()
     sides = (pairs.flatten().field(side).to_pylist() for side in ("a", "b"))
     units: dict[str, list[str]] = {name: [] for name in ids}
@@ -107,9 +107,9 @@ def pair_units(table: pa.Table) -> dict[str, list[str]]:
 
 
 def filter_pairs(table: pa.Table, mask: list[bool]) -> pa.Table:
-    """The table with those of its given pairs for which the mask, an entry for each pair of all rows, is true.
+    """Keep the given pairs for which the mask, with an entry for each pair of all rows, is true.
 
-    In Arrow, since most of a large table's pairs need not become objects of Python.
+    Arrow does it: most pairs of a large table need not become Python objects.
     """
     column, chosen = table["pairs"].combine_chunks(), pa.array(mask, pa.bool_())
     counts = np.bincount(pc.list_parent_indices(column).filter(chosen).to_numpy(), minlength=len(column))

@@ -19,9 +19,9 @@ class Arguments(StageArguments):
     """Write the synthetic world in the published raw layout of ImageRewardDB or HPDv2."""
 
     output: Output
-    """dataset.json: source, measured agreements of the annotators, and the digest of every raw file beside it."""
+    """dataset.json: source, measured agreement of the annotators, and the digest of every raw file beside it."""
     config: SynthesizeDataset
-    """Which data set, and its size and seed."""
+    """Data set, its size and its seed."""
 
 
 def main() -> None:
