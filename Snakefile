@@ -22,12 +22,14 @@ gc.freeze()  # the collector skips imported objects: searching them takes a whil
 sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts.configuration import jobs, stages, targets
-from workflow_scripts.configuration.model import load
+from workflow_scripts.configuration.model import VALIDATION_FROM, load
 from workflow_scripts.running.locks import Lock
 from workflow_scripts.running.code_digest import code_digest
 from workflow_scripts.running.environment import stage_environment
 from workflow_scripts.running.mismatches import refuse_unrecorded
 from workflow_scripts.running.provenance import SUFFIX
+from workflow_scripts.policy.manifest import bundled_files
+from workflow_scripts.ranking.listing import ranked_images
 
 
 configfile: os.path.join(workflow.basedir, "config.yaml")

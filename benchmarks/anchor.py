@@ -20,7 +20,7 @@ from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import load_policy
 from workflow_scripts.policy.prompts import ANSWERS
 from workflow_scripts.preferences.images import decoded, in_memory
-from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
+from workflow_scripts.preferences.schema import SUBSET, read_image_rows, read_table
 from workflow_scripts.rollouts.items import Item, anchor_items, stable_random
 from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.scoring.bootstrap import accuracy_intervals
@@ -47,7 +47,7 @@ def main() -> None:
     results = parser.parse_args().results
     test = results / "datasets/hpsv2/test"
     prompts = read_table(test / "subset.parquet", SUBSET).to_pylist()[:PROMPTS]
-    images = {row["image_id"]: decoded(row["bytes"]) for row in read_images([test / "images-0000.parquet"])}
+    images = {row["image_id"]: decoded(row["bytes"]) for row in read_image_rows([test / "images-0000.parquet"])}
     prompts = [row for row in prompts if set(row["image_ids"]) <= set(images)]
     config = ModelConfig.of(Configuration(), "hpsv2")
     policy = load_policy(results / "policies/base/manifest.json", results / "policies/hpsv2/seed0", config)

@@ -115,7 +115,7 @@ rule select_training_subset:
 # HPDv2 has no validation split: its validation prompts come from the far end of the training prompts' hash order.
 use rule select_training_subset as select_validation_subset with:
     input:
-        preferences=lambda w: f"{RESULTS}/datasets/{w.dataset}/{stages.VALIDATION_FROM[w.dataset]}/preferences.parquet",
+        preferences=lambda w: f"{RESULTS}/datasets/{w.dataset}/{VALIDATION_FROM[w.dataset]}/preferences.parquet",
         train=lambda w: targets.separate_training_preferences(configuration, w.dataset),
         test=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
     output:

@@ -30,7 +30,7 @@ rule prepare_base_policy:
             if configuration.policy.source == "cold_start"
             else []
         ),
-        bundled=targets.bundled_files(configuration),
+        bundled=bundled_files(configuration.policy),
     output:
         manifest=f"{RESULTS}/policies/base/manifest.json",
         provenance=f"{RESULTS}/policies/base/manifest.json{SUFFIX}",

@@ -7,7 +7,9 @@ rule rank_own_images:
         adapter=rules.train_grpo.output.adapter.format(
             track=configuration.ranking.track, seed=configuration.ranking.seed
         ),
-        images=lambda w: targets.ranked_images(configuration),
+        images=lambda w: ranked_images(
+            configuration.ranking.images, configuration.ranking.prompt
+        ),
     output:
         table=f"{RESULTS}/ranking/ranking.csv",
         rows=f"{RESULTS}/ranking/ranking.jsonl",

@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from workflow_scripts.files.redaction import redact_output
+    from workflow_scripts.running.redacted_output import redact_output
 
     sys.excepthook = tell_briefly
     redact_output()

@@ -18,9 +18,12 @@ from workflow_scripts.configuration.model import (
     Configuration,
     ConfigurationError,
     Dataset,
+    PairwiseTraining,
+    PointwiseTraining,
     Section,
     Split,
     Track,
+    TrainingVllm,
     load,
 )
 from workflow_scripts.files.digests import canonical_json
@@ -199,6 +202,16 @@ def test_the_schema_catches_a_typo_in_an_editor() -> None:
             jsonschema.validate(raw, schema)
 
 
+@pytest.mark.parametrize(
+    "uri", ["http://me:planted-password@host", "postgresql://host/db?user=me&password=planted-password"]
+)
+def test_a_password_in_the_configuration_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigurationError, match="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as error:
+        load({"tracking": {"uri": uri}})
+    assert str(error.value).splitlines()[1].startswith("  tracking.uri: ") and "planted" not in str(error.value)
+    assert load({"tracking": {"uri": "http://host:5000"}}).tracking.uri == "http://host:5000"
+
+
 # ------------------------------------------------------------------------------------------------- stage configurations
 
 
@@ -254,7 +267,7 @@ def test_a_stage_reads_back_what_the_rule_wrote(name: str, configuration: Config
         assert again.canonical() == text == canonical_json(json.loads(text))
         seen.add(text)
     assert len(seen) == len(list(instances(configuration)))
-    assert {type(config) for config in instances(configuration)} == set(stages.StageConfig.__subclasses__())
+    assert {type(config) for config in instances(configuration)} == set(stages.STAGES.values())
 
 
 def test_a_key_changes_the_stages_that_use_it_and_no_others() -> None:
@@ -307,10 +320,26 @@ def test_tables_are_told_of_own_data_only_where_they_are_used() -> None:
         assert stages.MakeTables.of(load(own | use)).own_title == "shapes"
 
 
+def test_defaults_that_the_canonical_json_omits_are_fixed() -> None:
+    """A stage fills in what is omitted, so another default would change results without a rerun."""
+    model = stages.ModelConfig.model_fields
+    assert (model["attention"].default, model["image_processor"].default) == ("sdpa", {})
+    vllm = {"gpu_memory_utilization": 0.3, "max_model_len": 4096, "server_url": "http://127.0.0.1:8000"}
+    assert TrainingVllm().model_dump() == vllm
+    omitting = {
+        (owner.__name__, name)
+        for owner in (*stages.STAGES.values(), stages.ModelConfig, PointwiseTraining, PairwiseTraining)
+        for name, field in owner.model_fields.items()
+        if field.exclude_if and field.default is not None
+    }
+    trainings = {("PointwiseTraining", "vllm"), ("PairwiseTraining", "vllm")}
+    assert omitting == {("ModelConfig", "attention"), ("ModelConfig", "image_processor")} | trainings
+
+
 def test_shards_cover_the_test_prompts_once() -> None:
     for prompts, size in ((10, 3), (9, 3), (1, 5), (2000, 500)):
         c = load({"datasets": {"imagereward": {"test_prompts": prompts}}, "rollouts": {"shard_prompts": size}})
-        ranges = [stages.shard_range(c, "imagereward", shard) for shard in targets.shards(c, "imagereward")]
+        ranges = [c.shard_range("imagereward", shard) for shard in targets.shards(c, "imagereward")]
         assert [position for start, stop in ranges for position in range(start, stop)] == list(range(prompts))
 
 

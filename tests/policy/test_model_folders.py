@@ -4,6 +4,8 @@ import ast
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.configuration.stages import ModelConfig, PrepareBasePolicy
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import load_model, load_policy, load_processor
-from workflow_scripts.policy.manifest import PolicyError, base_path, model_files
+from workflow_scripts.policy.manifest import PolicyError, base_path, bundled_files, model_files
 
 BUNDLED = ROOT / "models/tiny-qwen2.5-vl"
 PAIRWISE = ModelConfig.of(Configuration(), "hpsv2")
@@ -231,3 +233,29 @@ def test_touched_and_copied_files_are_the_same(run_main: Any, folder: Path) -> N
         path.touch()
     (folder / "README.md").write_text("notes")
     assert base_path(manifest) == folder
+
+
+def test_every_file_of_the_manifest_is_an_input_of_its_rule(folder: Path) -> None:
+    inputs = [Path(name).name for name in bundled_files(load({"policy": {"bundled": str(folder)}}).policy)]
+    assert sorted(inputs) == sorted(model_files(folder)) and "chat_template.jinja" in inputs
+    assert "README.md" not in inputs and not any("provenance" in name for name in inputs)
+    assert bundled_files(load({"policy": {"source": "hub"}}).policy) == []
+
+
+def test_a_changed_template_of_the_bundled_policy_makes_the_manifest_anew(folder: Path) -> None:
+    command = [sys.executable, "-m", "snakemake", "results/policies/base/manifest.json", "--cores", "1"]
+    command += ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder.parent)]
+    command += ["--workflow-profile", str(ROOT / "profiles/default")]
+    command += ["--config", f"policy={{bundled: {folder}}}", "tracking={enabled: false}"]
+
+    def snakemake(*options: str) -> str:
+        done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    snakemake()
+    template = folder / "chat_template.jinja"
+    template.touch()
+    assert "Nothing to be done" in snakemake("-n")
+    template.write_text(template.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert "rule prepare_base_policy" in snakemake("-n")

@@ -18,7 +18,7 @@ from workflow_scripts.preferences.schema import (
     PREFERENCES,
     SchemaError,
     check_preferences,
-    read_images,
+    read_image_rows,
     read_table,
     write_images,
     write_preferences,
@@ -289,7 +289,7 @@ def test_parquet_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         for read in (
             lambda: list(imagereward.read_preferences(tmp_path, "test", FILES)),
             lambda: read_table(path, PREFERENCES),
-            lambda: list(read_images([path])),
+            lambda: list(read_image_rows([path])),
         ):
             with pytest.raises(SchemaError, match=message):
                 read()
@@ -438,7 +438,7 @@ def test_damaged_parquet_is_read_or_refused(
     accepted(tmp_path, lambda: imagereward.read_preferences(tmp_path, "test", FILES))
     for read in (
         lambda: read_table(tmp_path / names[1], PREFERENCES),
-        lambda: list(read_images([tmp_path / names[2]])),
+        lambda: list(read_image_rows([tmp_path / names[2]])),
     ):
         try:
             found = read()

@@ -15,7 +15,7 @@ from workflow_scripts.preferences.schema import (
     SUBSET,
     SchemaError,
     image_name,
-    read_images,
+    read_image_rows,
     read_table,
     write_images,
     write_preferences,
@@ -85,7 +85,7 @@ def test_other_columns_are_refused_on_read(tmp_path: Path) -> None:
         read_table(tmp_path / "preferences.parquet", SUBSET)
     pq.write_table(pa.table({"image_id": ["x"]}), tmp_path / "images.parquet")
     with pytest.raises(SchemaError, match=r"images\.parquet: columns .* run snakemake again"):
-        list(read_images([tmp_path / "images.parquet"]))
+        list(read_image_rows([tmp_path / "images.parquet"]))
 
 
 def test_images_stream_through(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_images_stream_through(tmp_path: Path) -> None:
     paths = [tmp_path / "1.parquet", tmp_path / "2.parquet"]
     assert write_images(paths[0], iter(rows[:300])) == {row["image_id"] for row in rows[:300]}
     write_images(paths[1], iter(rows[300:]))
-    assert list(read_images(paths)) == rows
+    assert list(read_image_rows(paths)) == rows
     assert pq.read_schema(paths[0]) == IMAGES
 
 

@@ -135,6 +135,7 @@ def test_restricted_rows_hold_only_images_of_their_pairs() -> None:
     assert list(restricted([row])) == [row | {"image_ids": ["x", "z"], "archives": ["1", "3"]}]
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.none(), st.lists(st.tuples(st.sampled_from("xyz"), st.booleans()), max_size=4))))
 def test_pairs_are_filtered_as_row_by_row(rows: list[list[tuple[str, bool]] | None]) -> None:
     """Rows without pairs, and those that lose all of theirs, keep their places."""

@@ -14,7 +14,7 @@ from workflow_scripts.files.paths import ROOT
 from workflow_scripts.planning.costs import Assumptions
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import decoded
-from workflow_scripts.preferences.schema import read_images
+from workflow_scripts.preferences.schema import read_image_rows
 from workflow_scripts.running.provenance import sidecar_path
 
 
@@ -73,7 +73,7 @@ def test_the_plan_counts_what_the_run_records(workflow: Workflow, planned: Plan,
             files = sorted(folder.glob("images-*.parquet"))
             images = {
                 "subset": pq.read_table(folder / "subset.parquet").to_pylist(),
-                "pictures": {row["image_id"]: decoded(row["bytes"]) for row in read_images(files)},
+                "pictures": {row["image_id"]: decoded(row["bytes"]) for row in read_image_rows(files)},
             }
             lengths = question_lengths(c, rows, processor, images)
             assert (len(lengths), len(rows)) == (stage.asked.items, stage.rollouts)

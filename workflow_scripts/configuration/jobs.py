@@ -1,4 +1,4 @@
-"""How a rule's job is started: resources, GPUs, interpreter and launcher."""
+"""How the job of a rule starts: resources, GPUs, interpreter and launcher."""
 
 import shlex
 
@@ -7,20 +7,20 @@ from workflow_scripts.files.paths import ROOT
 
 
 def job_resources(c: Configuration, rule: str) -> dict[str, int]:
-    """What Snakemake and a cluster reserve for a job of a rule: GPUs, `mem_mb` and `runtime` in minutes."""
+    """Resources that Snakemake and a cluster reserve for a job: GPUs, `mem_mb` and `runtime` in minutes."""
     asked = getattr(c.resources, rule, c.resources.others)
     return {"gpu": gpus(c, rule), "mem_mb": round(1000 * asked.memory_gigabytes), "runtime": asked.minutes}
 
 
 def gpus(c: Configuration, rule: str) -> int:
-    """GPUs that a job of a rule uses."""
+    """Number of GPUs that a job of a rule uses."""
     shared = c.rollouts.vllm.tensor_parallel_size if c.rollouts.engine == "vllm" else 1
     used = {"train_grpo": c.distributed.processes, "generate_rollouts": shared, "rank_own_images": 1}
     return used.get(rule, 0) * (c.policy.device == "cuda")
 
 
 def interpreter(c: Configuration, rule: str) -> str:
-    """Word of the shell for the Python that runs a rule's stage: the one of vLLM's environment where that generates."""
+    """Python that runs the stage of a rule, quoted for the shell: that of vLLM's environment if vLLM generates."""
     uses_vllm = {
         "generate_rollouts": c.rollouts.engine == "vllm",
         "train_grpo": any(getattr(c.training, track).generation != "transformers" for track in c.tracks),
@@ -29,7 +29,7 @@ def interpreter(c: Configuration, rule: str) -> str:
 
 
 def launcher(c: Configuration, rule: str) -> str:
-    """What starts a rule's stage: the interpreter, on GPUs of its own, in as many processes as it asks for."""
+    """Command that starts the stage of a rule: the interpreter, on GPUs of its own, in the configured processes."""
     processes = c.distributed.processes if rule == "train_grpo" else 1
     several = f" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {processes}"
     taken = f"python -m workflow_scripts.running.take_gpus {gpus(c, rule)} " if gpus(c, rule) else ""

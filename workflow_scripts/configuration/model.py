@@ -1,29 +1,57 @@
 """The configuration: one typed model that is the source of defaults, schema, reference page and error messages.
 
-`configuration_reference` writes config.yaml, config.schema.json and docs/configuration.md from it.
+`reference.configuration` writes config.yaml, config.schema.json and docs/configuration.md from it.
 """
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from workflow_scripts.configuration.published import PUBLISHED
-from workflow_scripts.files.redaction import has_password, redacted
+from workflow_scripts.files.digests import canonical_json
+from workflow_scripts.files.redaction import IN_QUERY, redacted
 
 Dataset = Literal["imagereward", "hpsv2", "own"]
 Track = Literal["imagereward", "hpsv2", "own"]
 Split = Literal["train", "validation", "test"]
-
+DataSource = Literal["synthetic", "hub"]
+SubsampleUnit = Literal["prompt", "pair"]
+PolicyName = Literal["zeroshot", "grpo"]
+PolicySource = Literal["bundled", "cold_start", "hub"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["cpu", "cuda"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Engine = Literal["transformers", "vllm"]
+MissingAnswer = Literal["wrong", "neutral", "dropped"]
 Protocol = Literal["pointwise", "pairwise"]
-PROTOCOL: dict[str, Protocol] = {"imagereward": "pointwise", "hpsv2": "pairwise"}  # of own data by configuration
+PROTOCOL: dict[str, Protocol] = {"imagereward": "pointwise", "hpsv2": "pairwise"}  # datasets.own.protocol is a key
+# Split that validation prompts are taken from: HPDv2 is published without a validation split.
+VALIDATION_FROM: dict[str, Split] = {"imagereward": "validation", "hpsv2": "train", "own": "validation"}
 
 
 class Section(BaseModel):
     """A group of keys: unknown ones are refused, values cannot change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class StageConfig(Section):
+    """Keys that one stage instance uses, wildcards included."""
+
+    stage: ClassVar[str]
+    """Name of the stage."""
+
+    def canonical(self) -> str:
+        """Text that differs exactly when the stage has to rerun."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def code_engine(self) -> str:
+        """Rollout engine whose code the stage runs, if it runs any."""
+        return "transformers"
 
 
 class ImageRewardHub(Section):
@@ -34,9 +62,9 @@ class ImageRewardHub(Section):
     revision: str = PUBLISHED["imagereward"]["revision"]
     """Commit, tag or branch; a commit id pins the data."""
     path: str = ""
-    """Folder that holds the published files already; then nothing is downloaded, nothing copied, no repository used."""
+    """Folder that already holds the published files; nothing is then downloaded or copied, and no repository used."""
     train_set: Literal["1k", "2k", "4k", "8k"] = "8k"
-    """Published training set: about so many prompts, in the first 4, 8, 16 or in all 32 training archives."""
+    """Published training set by its number of prompts: the first 4, 8, 16 or all 32 training archives."""
 
 
 class Hpdv2Hub(Section):
@@ -47,7 +75,7 @@ class Hpdv2Hub(Section):
     revision: str = PUBLISHED["hpsv2"]["revision"]
     """Commit, tag or branch; a commit id pins the data."""
     path: str = ""
-    """Folder that holds the published files already; then nothing is downloaded, nothing copied, no repository used."""
+    """Folder that already holds the published files; nothing is then downloaded or copied, and no repository used."""
 
 
 class ImageRewardWorld(Section):
@@ -83,14 +111,14 @@ class Hpdv2World(Section):
 class ImageRewardData(Section):
     """ImageRewardDB: ratings and ranks of 4 to 9 images a prompt."""
 
-    source: Literal["synthetic", "hub"] = "synthetic"
+    source: DataSource = "synthetic"
     """The embedded synthetic world or the published data."""
     hub: ImageRewardHub = ImageRewardHub()
     synthetic: ImageRewardWorld = ImageRewardWorld()
     train_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training prompts to keep, by seeded hash."""
     subsample_by: Literal["prompt"] = "prompt"
-    """What the fraction counts."""
+    """Unit that the fraction counts."""
     subsample_seed: int = Field(0, ge=0)
     """Seed of the hash that orders prompts, for the fraction and for validation and test shards."""
     drop_overlap: bool = True
@@ -104,13 +132,13 @@ class ImageRewardData(Section):
 class Hpdv2Data(Section):
     """HPDv2 ("HPSv2" in the paper): pairs for training, ranks of 9 or 10 images a prompt for testing."""
 
-    source: Literal["synthetic", "hub"] = "synthetic"
+    source: DataSource = "synthetic"
     """The embedded synthetic world or the published data."""
     hub: Hpdv2Hub = Hpdv2Hub()
     synthetic: Hpdv2World = Hpdv2World()
     train_fraction: float = Field(0.25, gt=0, le=1)
     """Share of the training data to keep, by seeded hash (paper §4: 25 %)."""
-    subsample_by: Literal["prompt", "pair"] = "prompt"
+    subsample_by: SubsampleUnit = "prompt"
     """Whether the fraction counts prompts (all pairs of a kept prompt) or single pairs."""
     subsample_seed: int = Field(0, ge=0)
     """Seed of the hash that orders prompts and pairs."""
@@ -126,7 +154,7 @@ class OwnData(Section):
     """Preference data of your own, a table and a folder of images (docs/own-data.md); for tracks: [own]."""
 
     source: Literal["own"] = "own"
-    """What the tables say of where it is from."""
+    """Origin that the tables state."""
     title: str = Field("own data", min_length=1)
     """Name in the tables."""
     folder: str = "examples/own_data"
@@ -134,7 +162,7 @@ class OwnData(Section):
     annotations: str = Field("ratings.csv", pattern=r"^[^/\\]+\.(csv|jsonl|parquet)$")
     """Table in it: .csv or .jsonl with ratings, ranks or pairs, or .parquet in the canonical format."""
     protocol: Protocol = "pointwise"
-    """What is trained on it: ratings of single images, or preferences between two."""
+    """Training target: ratings of single images, or preferences between two."""
     split_seed: int = Field(0, ge=0)
     """Seed of the hash of a prompt's text that puts it into a split, where the table has no column `split`."""
     validation_fraction: float = Field(0.1, ge=0, lt=1)
@@ -144,7 +172,7 @@ class OwnData(Section):
     train_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training prompts to keep, by seeded hash."""
     subsample_by: Literal["prompt"] = "prompt"
-    """What the fraction counts."""
+    """Unit that the fraction counts."""
     subsample_seed: int = Field(0, ge=0)
     """Seed of the hash that orders prompts, for the fraction and for validation and test shards."""
     drop_overlap: bool = True
@@ -173,9 +201,9 @@ class ColdStart(Section):
     """How the bundled tiny policy was made; `source: cold_start` makes it again."""
 
     caption_steps: int = Field(400, ge=0)
-    """Steps of describing single images."""
+    """Steps on descriptions of single images."""
     trace_steps: int = Field(2400, ge=1)
-    """Steps of reasoning traces, ratings and pairs side by side."""
+    """Steps on reasoning traces, ratings and pairs in one batch."""
     batch: int = Field(32, ge=1)
     """Examples of each kind in a step."""
     muon_learning_rate: float = Field(0.02, gt=0)
@@ -194,31 +222,31 @@ class PolicyHub(Section):
     revision: str = PUBLISHED["qwen2.5-vl-7b"]["revision"]
     """Commit, tag or branch of this repository; a commit id pins the weights."""
     path: str = ""
-    """Folder that holds the model's files already; then nothing is downloaded, nothing copied, no repository used."""
+    """Folder that already holds the model's files; nothing is then downloaded or copied, and no repository used."""
 
 
 class Policy(Section):
     """The base policy."""
 
-    source: Literal["bundled", "cold_start", "hub"] = "bundled"
-    """The tiny Qwen2.5-VL of this repository, the same made again from scratch, or a model of the Hub."""
+    source: PolicySource = "bundled"
+    """The tiny Qwen2.5-VL of this repository, the same trained again from scratch, or a model from the Hub."""
     bundled: str = "models/tiny-qwen2.5-vl"
     """Folder of the bundled model, relative to the repository."""
     cold_start: ColdStart = ColdStart()
     hub: PolicyHub = PolicyHub()
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Numeric type of the weights in memory."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where the policy runs."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """What computes attention: PyTorch's kernels, plain products, or the package flash-attn (cuda, 16 bits)."""
+    attention: Attention = "sdpa"
+    """Implementation of attention: PyTorch's kernels, plain products, or the package flash-attn (cuda, 16 bits)."""
     min_pixels: int | None = Field(784, ge=784)
     """An image with fewer pixels is scaled up to this area (784 = 28 x 28, one visual token). Null, like max_pixels,
     leaves the size to the model's own processor: for families that do not scale to an area."""
     max_pixels: int | None = Field(7056, ge=784)
     """An image with more pixels is scaled down to this area; the paper's run: 200704 = 256 visual tokens."""
     image_processor: dict[str, Any] = {}
-    """Settings of the model's own image processor, in its words, such as {size: {longest_edge: 512}}; see
+    """Settings of the model's own image processor, by its own names, such as {size: {longest_edge: 512}}; see
     docs/other-models.md."""
 
     @model_validator(mode="after")
@@ -233,7 +261,7 @@ class Policy(Section):
 
 
 class Prompts(Section):
-    """What the policy is asked; `{image}` stands where an image is shown, `{prompt}` for the text prompt."""
+    """Questions to the policy; `{image}` marks the place of an image, `{prompt}` that of the text prompt."""
 
     pointwise: str = "{image} prompt: {prompt}. rate the image from 1 to 7."
     """One image, to be rated 1 to 7."""
@@ -283,10 +311,10 @@ class Lora(Section):
 
 
 class TrainingVllm(Section):
-    """Generation by vLLM in training; see docs/vllm.md. Of effect with `generation` vllm_colocate or vllm_server."""
+    """Generation by vLLM in training; see docs/vllm.md. Used if `generation` is vllm_colocate or vllm_server."""
 
     gpu_memory_utilization: float = Field(0.3, gt=0, lt=1)
-    """Colocate: share of the GPU's memory for vLLM, its copy of the weights included."""
+    """Colocate: share of the GPU's memory for vLLM, including its copy of the weights."""
     max_model_len: int = Field(4096, ge=64)
     """Colocate: longest question with its completion, in tokens; at most the model's context."""
     server_url: str = "http://127.0.0.1:8000"
@@ -299,11 +327,12 @@ class Training(Section):
     steps: int = Field(ge=1)
     """Optimizer steps."""
     prompts_per_step: int = Field(32, ge=1)
-    """Training items (states s) in one step. Many items, few completions each: so the tiny policy learns steadily."""
+    """Training items (states s) in one step. With many items and few completions each, the tiny policy learns
+    steadily."""
     group_size: int = Field(4, ge=2)
     """Completions sampled for each item, G."""
     gradient_accumulation: int = Field(1, ge=1)
-    """Parts in which one step's completions pass through the model: less memory, same result but for rounding."""
+    """Parts in which one step's completions pass through the model: less memory, the same result up to rounding."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate, reached by linear warm-up."""
     learning_rate_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
@@ -311,7 +340,7 @@ class Training(Section):
     warmup_steps: int = Field(10, ge=0)
     """Steps of warm-up."""
     max_grad_norm: float = Field(0.03, gt=0)
-    """Gradient clipping. The tiny policy's norm is about 0.015; a single step of 0.2 has wrecked a run of it."""
+    """Gradient clipping. The norm of the tiny policy is about 0.015; a single step with 0.2 has ruined a run."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature of the rollouts in training."""
     max_completion_tokens: int = Field(64, ge=8)
@@ -319,7 +348,7 @@ class Training(Section):
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
     """How token losses are averaged; "grpo" is the mean over each completion, then over the group."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What divides the advantage: the group's standard deviation sigma (paper §2.2.1), the batch's, or nothing."""
+    """Divisor of the advantage: standard deviation sigma of the group (paper §2.2.1), of the batch, or none."""
     importance_sampling_level: Literal["token", "sequence"] = "sequence"
     """Ratio rho per completion (paper §2.2.2, length-normalised by TRL) or per token."""
     epsilon: float = Field(0.2, gt=0)
@@ -331,12 +360,12 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Trade time for memory; for large models."""
     generation: Literal["transformers", "trl", "vllm_colocate", "vllm_server"] = "transformers"
-    """What generates in training: the transformers engine of the rollouts, TRL's own loop (of fsdp always), vLLM on
-    the same GPU, or a vLLM server on others."""
+    """Engine that generates in training: the transformers engine of the rollouts, TRL's own loop (always with fsdp),
+    vLLM on the same GPU, or a vLLM server on others."""
     share_prompts: bool = True
     """Qwen2-VL and Qwen2.5-VL: compute each prompt and image once for its group in the passes over completions; TRL's
     plain passes if false."""
-    # Left out of the canonical JSON at its default.
+    # Omitted from the canonical JSON at the default, to keep old digests.
     vllm: TrainingVllm = Field(TrainingVllm(), exclude_if=lambda vllm: vllm == TrainingVllm())
     lora: Lora = Lora()
     validate_every: int = Field(20, ge=1)
@@ -371,11 +400,9 @@ class PairwiseTraining(Training):
     rewards: PairwiseRewards = PairwiseRewards()
 
 
-class OwnTraining(Training):
+class OwnTraining(PointwiseTraining):
     """Training on own data, by the protocol of datasets.own."""
 
-    steps: int = Field(100, ge=1)
-    """Optimizer steps."""
     rewards: PointwiseRewards = PointwiseRewards()
     """Weights; with the pairwise protocol there is no approximate reward."""
 
@@ -389,12 +416,12 @@ class TrainingByTrack(Section):
 
 
 class Distributed(Section):
-    """Several processes of one training, on one machine; see docs/cluster.md."""
+    """Several processes for one training, on one machine; see docs/cluster.md."""
 
     processes: int = Field(1, ge=1)
-    """Processes of one training, each with a GPU of its own (or on CPU); they share a step's completions."""
+    """Processes of one training, each with its own GPU (or on CPU); they share the completions of a step."""
     strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    """What they hold: ddp each all of the model, fsdp a part of it; deepspeed shares gradients and optimizer only."""
+    """ddp keeps the whole model in each process, fsdp a part of it; deepspeed divides gradients and optimizer only."""
 
 
 class Sampling(Section):
@@ -405,34 +432,34 @@ class Sampling(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus: keep the most probable tokens up to this mass."""
     top_k: int = Field(0, ge=0)
-    """Keep that many most probable tokens; 0 keeps all."""
+    """Keep the k most probable tokens; 0 keeps all."""
     max_thinking_tokens: int = Field(64, ge=1)
-    """Budget of the thinking; where it ends without an answer, the engine closes it and reads the logits there."""
+    """Budget for thinking; when it is used up without an answer, the engine closes it and reads the logits there."""
     max_answer_tokens: int = Field(4, ge=2)
     """Tokens allowed after `<answer>`, the closing tag included."""
 
 
 class RolloutsVllm(Section):
-    """The vLLM engine; of effect with `rollouts.engine: vllm`. See docs/vllm.md."""
+    """The vLLM engine, used with `rollouts.engine: vllm`; see docs/vllm.md."""
 
     gpu_memory_utilization: float = Field(0.9, gt=0, lt=1)
     """Share of the GPU's memory for weights and KV cache."""
     cpu_cache_gigabytes: int = Field(1, ge=1)
     """KV cache on CPU."""
     max_model_len: int = Field(4096, ge=64)
-    """Longest question with its completion, in tokens, where the model's context is not shorter. What does not fit is
-    left out with a warning."""
+    """Longest question with its completion, in tokens, if the model's context is not shorter. Questions that do not
+    fit are left out with a warning."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that share one copy of the model."""
     enforce_eager: bool = False
-    """Without CUDA graphs and compilation: slower, starts sooner. Always so on CPU."""
+    """Without CUDA graphs and compilation: slower, but starts sooner. Always the case on CPU."""
 
 
 class Rollouts(Section):
     """Recording of rollouts on the test sets."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates; vllm needs an environment of its own (docs/vllm.md)."""
+    engine: Engine = "transformers"
+    """Engine that generates; vllm needs its own environment (docs/vllm.md)."""
     vllm: RolloutsVllm = RolloutsVllm()
     sampling: Sampling = Sampling()
     block_size: int = Field(3, ge=1)
@@ -442,7 +469,7 @@ class Rollouts(Section):
     shard_prompts: int = Field(1000, ge=1)
     """Prompts in one shard, in hash order."""
     batch_items: int = Field(64, ge=1)
-    """Items that one forward pass prefills together; with vLLM those that it is given together."""
+    """Items that one forward pass prefills together; with vLLM, items submitted together."""
     both_orders: bool = False
     """Pairwise: show every pair in both orders and average; twice the rollouts."""
 
@@ -459,11 +486,11 @@ class Bootstrap(Section):
 
 
 class Scoring(Section):
-    """What is made of the recorded logits; rerunning it needs no model."""
+    """Scores from the recorded logits; recomputing them needs no model."""
 
     report_k: list[int] = [1, 3]
     """The k of Mean@k to report; each at most blocks x block_size."""
-    missing_answer: Literal["wrong", "neutral", "dropped"] = "wrong"
+    missing_answer: MissingAnswer = "wrong"
     """An image without a valid sampled answer: its pairs are wrong, it gets the middle score, or its pairs drop out."""
     bootstrap: Bootstrap = Bootstrap()
 
@@ -476,15 +503,15 @@ class Scoring(Section):
 
 
 class Ranking(Section):
-    """Ranking of images that are no data set, with a trained policy (docs/ranking.md); nothing by default."""
+    """Ranking of images outside the data sets with a trained policy (docs/ranking.md); none by default."""
 
     images: str = ""
-    """What to rank: a CSV with the columns prompt and path (relative to the CSV), or a folder of images for one prompt.
-    Relative to the repository; empty: nothing."""
+    """Images to rank: a CSV with the columns prompt and path (relative to the CSV), or a folder with images for one
+    prompt. Relative to the repository; empty: none."""
     prompt: str = ""
     """The prompt of a folder; a CSV has its own."""
     track: Track = "imagereward"
-    """Training of the policy that ranks."""
+    """Track that the ranking policy was trained on."""
     seed: int = Field(0, ge=0)
     """Seed of the training, and of the rollouts."""
     k: int = Field(3, ge=1)
@@ -511,7 +538,7 @@ class CrossTest(Section):
 
 
 class Report(Section):
-    """What people look at beside the tables."""
+    """Gallery and reasoning traces beside the tables."""
 
     gallery_prompts: int = Field(24, ge=1)
     """Prompts in the gallery of a policy on a test set: the first ones in hash order, the same for every policy."""
@@ -534,7 +561,7 @@ class Tracking(Section):
     @field_validator("uri")
     @classmethod
     def _without_password(cls, value: str) -> str:
-        if has_password(value):
+        if urlsplit(value).password or IN_QUERY.search(value):
             raise ValueError(
                 "a password does not belong into the configuration; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD in the environment, or for a database MLFLOW_TRACKING_URI"
@@ -543,26 +570,26 @@ class Tracking(Section):
 
 
 class JobResources(Section):
-    """What one job of a rule asks of the machine."""
+    """Resources of one job."""
 
     memory_gigabytes: float = Field(4.0, gt=0)
-    """Main memory, not the GPU's."""
+    """Main memory, without that of the GPU."""
     minutes: int = Field(240, ge=1)
     """Time limit."""
 
 
 class DownloadResources(JobResources):
-    """What a download asks of the machine."""
+    """Resources of a download."""
 
     minutes: int = Field(1440, ge=1)
     """Time limit."""
 
 
 class SmallResources(JobResources):
-    """What a job without a model or an image asks of the machine."""
+    """Resources of a job without a model or an image."""
 
     memory_gigabytes: float = Field(2.0, gt=0)
-    """Main memory, not the GPU's."""
+    """Main memory, without that of the GPU."""
     minutes: int = Field(60, ge=1)
     """Time limit."""
 
@@ -583,7 +610,7 @@ class Configuration(Section):
     """Root of the configuration."""
 
     results: str = "results"
-    """Folder of everything made; two configurations need two folders."""
+    """Folder of all results; two configurations need two folders."""
     downloads: str = "results/downloads"
     """Folder of the raw data sets, shared by all configurations."""
     seeds: list[int] = [0]
@@ -593,9 +620,10 @@ class Configuration(Section):
     cross_tests: list[CrossTest] = []
     """Extra rows of table1.csv, such as [{track: hpsv2, test: imagereward}]."""
     numeric_threads: int = Field(1, ge=1)
-    """Threads of one numeric job; part of every result, since float32 sums change with it."""
+    """Threads of one numeric job; every result depends on it, since float32 sums do."""
     vllm_python: str = ".venv-vllm/bin/python"
-    """Interpreter of the environment with vLLM, for the stages that use it; relative to the repository. No rerun."""
+    """Interpreter of the environment with vLLM, for the stages that use it; relative to the repository. A change reruns
+    nothing."""
     datasets: Datasets = Datasets()
     policy: Policy = Policy()
     prompts: Prompts = Prompts()
@@ -607,6 +635,19 @@ class Configuration(Section):
     ranking: Ranking = Ranking()
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
+
+    def protocol_of(self, track: Track) -> Protocol:
+        """Protocol of a track: configured for the user's own data, published for the others."""
+        return self.datasets.own.protocol if track == "own" else PROTOCOL[track]
+
+    def uses_own_data(self) -> bool:
+        """Whether a policy is trained or tested on the user's own data."""
+        return "own" in self.tracks or any(cross.test == "own" for cross in self.cross_tests)
+
+    def shard_range(self, test: Dataset, shard: int) -> tuple[int, int]:
+        """Positions [start, stop) of a shard in the hash order of the test prompts; only the last one is cut short."""
+        start = shard * self.rollouts.shard_prompts
+        return start, min(start + self.rollouts.shard_prompts, getattr(self.datasets, test).test_prompts)
 
     @field_validator("seeds")
     @classmethod

@@ -1,7 +1,6 @@
-"""Files that the Snakefile asks for, and the raw files that they are made from."""
+"""Files that the Snakefile asks for, and the raw files behind them."""
 
-from workflow_scripts.configuration.model import Configuration, Dataset, Track
-from workflow_scripts.configuration.stages import VALIDATION_FROM, uses_own_data
+from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset, Track
 from workflow_scripts.files.paths import ROOT, from_here
 
 FIGURES = (
@@ -22,14 +21,14 @@ def gallery_shards(c: Configuration, test: Dataset) -> list[int]:
 
 
 def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
-    """(track, policy, test, seed) of every accuracy that the tables need; cross rows are of trained policies only."""
+    """(track, policy, test, seed) of every accuracy in the tables; cross rows have trained policies only."""
     own: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in ("zeroshot", "grpo")]
     cross: list[tuple[Track, str, Dataset]] = [(x.track, "grpo", x.test) for x in c.cross_tests]
     return [(*case, seed) for case in own + cross for seed in c.seeds]
 
 
 def accuracy_files(c: Configuration) -> list[str]:
-    """Accuracies that the tables are made from."""
+    """Accuracies for the tables."""
     return [f"{c.results}/accuracy/{t}/{policy}/seed{seed}/{test}.json" for t, policy, test, seed in measured(c)]
 
 
@@ -39,7 +38,7 @@ def score_files(c: Configuration) -> list[str]:
 
 
 def rollout_files(c: Configuration) -> list[str]:
-    """Rollouts of the same: all shards and blocks."""
+    """Rollouts of every policy on every test set of the tables: all shards and blocks."""
     return [
         f"{c.results}/rollouts/{t}/{policy}/seed{seed}/{test}/{shard:04d}-{block:04d}.parquet"
         for t, policy, test, seed in measured(c)
@@ -59,25 +58,15 @@ def gallery_files(c: Configuration) -> list[str]:
 
 
 def dataset_record(c: Configuration, dataset: Dataset) -> str:
-    """Record of the raw data set; synthetic and published data never share a folder, and own data are not copied."""
+    """Record of a raw data set; synthetic and published data have separate folders, and own data stay in place."""
     if dataset == "own":
         return f"{c.results}/datasets/own/dataset.json"
     return f"{c.downloads}/{getattr(c.datasets, dataset).source}/{dataset}/dataset.json"
 
 
-def bundled_files(c: Configuration) -> list[str]:
-    """Files of the bundled policy that a changed model would change.
-
-    Relative to the working directory where they are in it: a moved repository has the same inputs.
-    """
-    if c.policy.source != "bundled":
-        return []
-    return from_here(sorted((ROOT / c.policy.bundled).glob("*.safetensors")))
-
-
 def own_files(c: Configuration) -> list[str]:
-    """The user's table, and all other files of its folder: a changed image is another data set. None if not used."""
-    if not uses_own_data(c):
+    """The user's table and all other files of its folder, since a changed image makes another data set; else none."""
+    if not c.uses_own_data():
         return []
     own = c.datasets.own
     folder = ROOT / own.folder
@@ -87,24 +76,13 @@ def own_files(c: Configuration) -> list[str]:
     return from_here([folder / own.annotations, *sorted(images)])
 
 
-def ranked_images(c: Configuration) -> list[str]:
-    """The user's table and the images to rank that are there; none where nothing is to be ranked."""
-    if not c.ranking.images:
-        return []
-    from workflow_scripts.ranking.listing import listed  # here, so that no stage loads it
-
-    given = ROOT / c.ranking.images
-    paths = {one.path for one in listed(given, c.ranking.prompt)}
-    return from_here([*([given] if given.is_file() else []), *sorted(path for path in paths if path.is_file())])
-
-
 def ranking_files(c: Configuration) -> list[str]:
-    """Ranking of the user's images, where there are some to rank."""
+    """Ranking of the user's images; none if there are none to rank."""
     endings = ("csv", "jsonl", "html") if c.ranking.images else ()
     return [f"{c.results}/ranking/ranking.{ending}" for ending in endings]
 
 
 def separate_training_preferences(c: Configuration, dataset: Dataset) -> list[str]:
-    """Training annotations that a validation split must not overlap with; none where it is drawn from them."""
+    """Training annotations that a validation split must not overlap with; none if it is drawn from them."""
     own = VALIDATION_FROM[dataset] == "validation"
     return [f"{c.results}/datasets/{dataset}/train/preferences.parquet"] if own else []

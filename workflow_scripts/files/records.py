@@ -1,4 +1,4 @@
-"""Records of files: digest, size and modification time, and whether a file is still as recorded."""
+"""Records of files (digest, size and modification time), and checks that files are still as recorded."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ class ProvenanceError(RuntimeError):
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Digest, size and modification time of a file."""
+    """Record digest, size and modification time of a file."""
     status = path.stat()
     return {"sha256": file_digest(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
-    """Digest of a file, checked against its record (unread where size and modification time are as recorded).
+    """Check a file against its record and return its digest; a file with its recorded size and time is not read.
 
     Raises:
         ProvenanceError: the file is missing, or its content differs from the record.
@@ -38,14 +38,14 @@ def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
 
 
 def raw_folder(record: dict[str, Any], recorded_in: Path) -> Path:
-    """Folder of a data set's raw files: that of its record (dataset.json), unless it names another."""
+    """Return the folder of the raw files of a data set: that of its record (dataset.json), or the one it names."""
     return recorded_in.parent / record.get("folder", "")
 
 
 def checked_raw_file(name: str, record: dict[str, Any], recorded_in: Path) -> Path:
-    """Path of a data set's raw file, unchanged since its record (dataset.json) was written.
+    """Check a raw file of a data set against the record (dataset.json), and return its path.
 
-    Files below the record's folder are the workflow's, those elsewhere the user's: these are not to be deleted.
+    The workflow made the files below the folder of the record. Others belong to the user, who must not delete them.
 
     Raises:
         ProvenanceError: it is missing or has changed.

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workflow_scripts.configuration.model import Configuration, Dataset
+from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset
 from workflow_scripts.configuration.published import PUBLISHED
-from workflow_scripts.configuration.stages import VALIDATION_FROM
 from workflow_scripts.planning.architecture import BYTES, FULL
 from workflow_scripts.planning.costs import Model
 from workflow_scripts.planning.workload import published_totals, selected_rows, synthetic_rows

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from workflow_scripts.configuration.model import Configuration, Dataset, Split, Track
+from workflow_scripts.configuration.data_stages import SelectSubset
+from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset, Split, Track
 from workflow_scripts.configuration.published import PUBLISHED
-from workflow_scripts.configuration.stages import VALIDATION_FROM, ModelConfig
+from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.planning.architecture import Architecture, Image, PlanError
 from workflow_scripts.preferences import subsampling, synthetic_layouts
 from workflow_scripts.preferences.hpdv2 import text_digest
@@ -116,29 +117,26 @@ def selected_rows(c: Configuration, dataset: Dataset, split: Split) -> list[Row]
                 f"{path} is not there yet, and only it tells how much data there is; make it with snakemake"
             )
         return read[: data.test_prompts] if read and split == "test" else read
-    origin: Any = VALIDATION_FROM[dataset] if split == "validation" else split
+    origin = VALIDATION_FROM[dataset] if split == "validation" else split
     rows = {row.prompt_id: row for row in synthetic_rows(c, dataset, origin)}
-    if split == "test":
-        return [rows[name] for name in subsampling.hash_order(data.subsample_seed, rows)[: data.test_prompts]]
-    texts = _normalised(rows.values())
-    others = [_normalised(synthetic_rows(c, dataset, "test"))]
+    others: list[Split] = [] if split == "test" else ["test"]
     if split == "validation" and origin == "validation":
-        others.append(_normalised(synthetic_rows(c, dataset, "train")))
-    leaked = subsampling.overlap(texts, others)
-    dropped = leaked.ids | leaked.texts if data.drop_overlap else set()
-    order = subsampling.hash_order(data.subsample_seed, texts.keys() - dropped)
-    if split == "validation" and origin == "validation":
-        return [rows[name] for name in order[: data.validation_prompts]]
+        others.append("train")
     units = {name: [_unit(row, pair) for pair in row.pairs] for name, row in rows.items()}
-    by_pair = data.subsample_by == "pair"
-    kept = subsampling.keep_fraction(order, data.train_fraction, data.subsample_seed, units if by_pair else None)
-    if split == "validation":
-        names = subsampling.draw_validation(order, kept.prompts, texts, data.validation_prompts)
-        return [rows[name] for name in names]
-    chosen = [rows[name] for name in kept.prompts]
-    if kept.pairs is None:
+    config = SelectSubset.of(c, dataset, split)
+    selection = subsampling.select(
+        config,
+        _normalised(rows.values()),
+        [_normalised(synthetic_rows(c, dataset, other)) for other in others],
+        units if config.by == "pair" else None,
+    )
+    chosen = [rows[name] for name in selection.prompts]
+    if split == "test":
+        return chosen[: data.test_prompts]
+    if selection.pairs is None:
         return chosen
-    return [row._replace(pairs=tuple(pair for pair in row.pairs if _unit(row, pair) in kept.pairs)) for row in chosen]
+    kept = selection.pairs
+    return [row._replace(pairs=tuple(pair for pair in row.pairs if _unit(row, pair) in kept)) for row in chosen]
 
 
 def _normalised(rows: Any) -> dict[str, str]:

@@ -4,8 +4,9 @@ import json
 from functools import cache
 from pathlib import Path
 
+from workflow_scripts.configuration.model import Policy
 from workflow_scripts.files.digests import file_digest
-from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.paths import ROOT, from_here
 
 # Weights as safetensors only: a pickle runs code when it is loaded. And no *.py: code of a model is never run.
 NEEDED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
@@ -15,13 +16,23 @@ class PolicyError(RuntimeError):
     """A policy cannot be used for this task: says why and what to change."""
 
 
+def needed_files(folder: Path) -> list[Path]:
+    """Files of a model folder that loading may read, by name."""
+    return sorted(path for pattern in NEEDED for path in folder.glob(pattern) if "provenance" not in path.name)
+
+
+def bundled_files(policy: Policy) -> list[str]:
+    """Files of the bundled policy as inputs of a rule: each of them changes what the policy answers. Else none."""
+    return from_here(needed_files(ROOT / policy.bundled)) if policy.source == "bundled" else []
+
+
 def model_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a model folder that loading may read, by name.
 
     Raises:
         PolicyError: there are no weights as safetensors, or the folder holds an adapter.
     """
-    paths = sorted(path for pattern in NEEDED for path in folder.glob(pattern) if "provenance" not in path.name)
+    paths = needed_files(folder)
     names = [path.name for path in paths]
     if not any(name.endswith(".safetensors") for name in names):
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(pattern))

@@ -1,6 +1,6 @@
-"""Images out of the published archives: streamed, nothing is unpacked to disk, and only wanted images are read.
+"""Images from the published archives: streamed, without unpacking to disk, and only the wanted ones.
 
-Members are known by their base name, and none is ever written: what folder a name claims to be in has no effect.
+Members are known by their base name, and none is ever written: the folder in a name has no effect.
 """
 
 import struct
@@ -13,7 +13,7 @@ from typing import IO
 
 from workflow_scripts.preferences.images import UnreadableImageError
 
-LARGEST_MEMBER = 2**26  # bytes, 64 MiB; published images have some hundred thousand, and a bomb has any number
+LARGEST_MEMBER = 2**26  # bytes, 64 MiB; a published image has some hundred thousand, a decompression bomb any number
 
 DAMAGE_OF_A_MEMBER = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, struct.error)
 DAMAGE = (*DAMAGE_OF_A_MEMBER, OSError, LookupError, OverflowError, TypeError, tarfile.TarError)
@@ -28,11 +28,11 @@ def iter_images(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | 
 
     Args:
         archive: the file.
-        wanted: base names of the images; a name that the archive holds twice is read once. Of a file that is an image
+        wanted: base names of the images; a name that the archive holds twice is read once. For a file that is an image,
             the one name that it goes by.
 
     Yields:
-        Base name and encoded bytes, or the reason why there are none.
+        Base name and encoded bytes, or the reason why they cannot be read.
 
     Raises:
         ArchiveError: the file is no such archive, or is damaged before all wanted images were read.
@@ -96,7 +96,7 @@ def _tar_members(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes |
                 content = file.extractfile(member)
                 assert content is not None  # a regular file
                 yield name, _bounded(content, member.size)
-            file.members = []  # type: ignore[attr-defined]  # 400,000 of them must not pile up
+            file.members = []  # type: ignore[attr-defined]  # 400,000 members must not pile up
 
 
 def _image_file(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | UnreadableImageError]]:
@@ -106,7 +106,7 @@ def _image_file(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes | Unr
 
 
 def _bounded(content: IO[bytes], size: int = LARGEST_MEMBER) -> bytes | UnreadableImageError:
-    # A tar's reader makes room for all that is asked for: 64 MiB for every image, were its size not known.
+    # The reader of a tar allocates whatever is asked for: without the size, 64 MiB for every image.
     data = content.read(min(size, LARGEST_MEMBER) + 1)
     if len(data) > LARGEST_MEMBER:
         return UnreadableImageError(f"holds more than {LARGEST_MEMBER} bytes")

@@ -1,7 +1,7 @@
 """Reader of HPDv2's published layout: {train,test}.json and {train,test}.tar.gz.
 
-Facts about the layout: github.com/tgxs002/HPSv2 and the files of ymhao/HPDv2, which differ from its README: the image
-list is called image_path or file_path, an annotator's ranks annotation or rank. Both are read.
+The layout follows github.com/tgxs002/HPSv2 and the files of ymhao/HPDv2, which differ from its README: the list of
+images is called image_path or file_path, the ranks by an annotator annotation or rank. Both are read.
 """
 
 import json
@@ -23,12 +23,12 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def annotation_file(split: Split) -> str:
-    """Where the annotations of a split stand, relative to the download folder."""
+    """File with the annotations of a split, relative to the download folder."""
     return f"{split}.json"
 
 
 def read_preferences(folder: Path, split: Split) -> Iterator[dict[str, Any]]:
-    """Canonical rows of the train or the test split, one for each prompt; no image is read.
+    """Yield the canonical rows of the train or the test split, one for each prompt; read no image.
 
     Raises:
         SchemaError: a row is not as published, or the split does not exist.
@@ -40,7 +40,7 @@ def read_preferences(folder: Path, split: Split) -> Iterator[dict[str, Any]]:
 
 
 def _read_train(path: Path) -> Iterator[dict[str, Any]]:
-    """One row for each prompt text with all its pairs, in order of first occurrence: train.json has no prompt ids."""
+    """Yield a row for each prompt text with all its pairs, in order of first occurrence: train.json has no ids."""
     prompts: dict[str, tuple[list[str], list[tuple[str, str, int]]]] = {}
     for where, row in json_rows(path):
         names = image_names(row, where)
@@ -59,7 +59,7 @@ def _read_train(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_test(path: Path) -> Iterator[dict[str, Any]]:
-    """One row for each row of test.json: two rows may have the same prompt text."""
+    """Yield a row for each row of test.json: two rows may have the same prompt text."""
     for number, (where, row) in enumerate(json_rows(path)):
         prompt, names = text(required(row, "prompt", where), "prompt", where), image_names(row, where)
         raw = required(row, "raw_annotations", where)
@@ -73,10 +73,10 @@ def _read_test(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Stream a JSON list of objects: where each stands, for messages, and the object.
+    """Stream a JSON list of objects, each with its place for messages.
 
     Raises:
-        SchemaError: the file is no such list, is cut off or damaged, or an object is longer than LONGEST_ROW.
+        SchemaError: the file is not such a list, is cut off or damaged, or an object is longer than LONGEST_ROW.
     """
     number = -1
     try:
@@ -90,7 +90,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
-    # Not with ijson: a number of 5,000 digits makes it crash the interpreter, deep nesting takes all memory.
+    # ijson crashes the interpreter at a number of 5,000 digits, and takes all memory at deep nesting.
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8") as file:
         buffer = file.read(READ_AHEAD)
@@ -116,19 +116,19 @@ def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
 
 def _after_space(buffer: str, at: int) -> int:
     match = _SPACE.match(buffer, at)
-    assert match is not None  # the pattern matches nothing, too
+    assert match is not None  # the pattern also matches the empty text
     return match.end()
 
 
 def canonical_row(prompt_id: str, prompt: str, image_ids: list[str], archive: str) -> dict[str, Any]:
-    """A row of PREFERENCES without judgements."""
+    """Make a row of PREFERENCES without judgements."""
     judgements = ("ranks", "ratings", "alignment_ratings", "fidelity_ratings", "pairs", "annotations")
     row = {"prompt_id": prompt_id, "prompt": prompt, "image_ids": image_ids, "archives": [archive] * len(image_ids)}
     return row | dict.fromkeys(judgements)
 
 
 def required(row: dict[str, Any], key: str, where: str) -> Any:
-    """Value of a key.
+    """Return the value of a key.
 
     Raises:
         SchemaError: the key is missing.
@@ -139,7 +139,7 @@ def required(row: dict[str, Any], key: str, where: str) -> Any:
 
 
 def image_names(row: dict[str, Any], where: str) -> list[str]:
-    """Base names of a row's images, each name one string object however often it occurs.
+    """Return the base names of the images in a row, interned since each occurs in several rows.
 
     Raises:
         SchemaError: there is no list of paths.
@@ -151,7 +151,7 @@ def image_names(row: dict[str, Any], where: str) -> list[str]:
 
 
 def ranks_from_one(ranks: object, where: str) -> list[int]:
-    """Ranks with 1 as the best of published ones that start from 0 or from 1.
+    """Convert published ranks, which start from 0 or from 1, to ranks from 1 = best.
 
     Raises:
         SchemaError: they are not whole numbers, or start from anything else.

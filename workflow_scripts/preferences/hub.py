@@ -1,16 +1,15 @@
 """Files of a repository on the Hugging Face Hub: found in the client's cache or downloaded, all checked by digest.
 
-The client compares only the size of what it downloads, and begins a file again that a killed process left half done.
-Here a file is written beside its place, goes on from there whatever happened, and gets its name when its digest is the
-Hub's. Files that the client's cache holds already are used where they are.
+The client compares sizes only, and starts again with a file that a killed process has left half done. This module
+writes each file beside its place, resumes it from there, and renames it once its digest is the one the Hub lists.
+`HfApi.verify_repo_checksums` cannot replace that check: it needs a connection, reads every file of the folder, and
+returns no digest to record. Files in the client's cache are used where they are.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -28,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils.sha import git_hash
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 from tqdm import tqdm
 
@@ -35,17 +35,16 @@ from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json
 
 log = logging.getLogger("softpref")
-logging.getLogger("httpx2").setLevel(logging.WARNING)  # it says every address, and those of contents are signed
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every address, and those of contents are signed
 
-ATTEMPTS = 6  # at one request, or at a file that does not grow; the waits between them double from a second to 16
-PASSING = (408, 429, 500, 502, 503, 504)  # statuses that are worth another attempt
-SECONDS_BETWEEN_LINES = 30  # of progress, where it goes to a log
+ATTEMPTS = 6  # at a request, or at a file that does not grow; the waits between them double from 1 s to 16 s
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another attempt
 
 Kind = Literal["dataset", "model"]
 
 
 class HubError(RuntimeError):
-    """Files cannot be had from the Hub: names repository, file and remedy."""
+    """The Hub does not give the files: names repository, file and remedy."""
 
 
 class Entry(NamedTuple):
@@ -54,7 +53,7 @@ class Entry(NamedTuple):
     name: str
     size: int
     digest: str
-    """SHA-256 of a large file, git's blob id of a small one; empty where nothing says it."""
+    """SHA-256 of a large file, git's blob id of a small one; empty if unknown."""
 
 
 class Fetched(NamedTuple):
@@ -62,88 +61,98 @@ class Fetched(NamedTuple):
 
     folder: Path
     repository: str
-    """Its name now: the Hub leads from a former one to it."""
+    """Its current name, to which the Hub redirects from former ones."""
     commit: str
     files: dict[str, dict[str, Any]]
     """Digest, size and modification time by name."""
 
 
 def fetch(kind: Kind, repository: str, revision: str, patterns: list[str], target: Path, key: str) -> Fetched:
-    """Files of a repository, from the client's cache where it has them all, else downloaded to `target`/commit.
+    """Return files of a repository: from the client's cache if it has them all, else downloaded to `target`/commit.
 
-    With HF_HUB_OFFLINE=1 only what the cache or an earlier download to `target` holds.
+    With HF_HUB_OFFLINE=1 only the cache and earlier downloads to `target` are searched.
 
     Args:
         kind: of the repository.
         repository: "owner/name".
         revision: commit, tag or branch.
         patterns: names of files, all of which must exist, or patterns such as "*.json" for files at the top.
-        target: folder to download to; what is there already with the right digest is not fetched again.
+        target: folder to download to; intact files in it are not fetched again.
         key: section of the configuration that names the repository, for messages.
 
     Raises:
         HubError: there is no such repository, revision or file, no right to it, no connection, too little disk space,
             or a file's digest is not the Hub's.
     """
+    there: Path | None
     if is_offline_mode():
-        there, listing = cached_snapshot(kind, repository, revision, patterns), target / f"{revision}.json"
-        if there:
-            commit, listed = there.name, entries_of_snapshot(there)
-        elif listing.is_file():
-            there, commit = target / revision, revision
-            listed = [Entry(**entry) for entry in json.loads(listing.read_text(encoding="utf-8"))]
-        else:
-            raise HubError(
-                f"HF_HUB_OFFLINE is set, and neither the cache of the Hub's client nor {target} has all of "
-                f"{repository} at {revision}; download it where there is a connection, set HF_HOME to where the cache "
-                f"is, or {key}.path to a folder with the files"
-            )
+        there, listed = offline_listing(kind, repository, revision, patterns, target, key)
+        commit = there.name
         chosen = choose(listed, patterns, repository, commit, key)
     else:
-        try:
-            info = patiently(
-                lambda: HfApi().repo_info(
-                    repository, repo_type=kind, revision=revision, files_metadata=True, timeout=30
-                )
-            )
-        except (HTTPError, OSError, ValueError) as error:
-            raise _explained(error, repository, revision, key) from error
-        if info.id != repository:
-            log.warning("%s is called %s now; change %s.repository", repository, info.id, key)
-        repository, commit = info.id, info.sha
-        listed = [Entry(s.rfilename, s.size, s.lfs.sha256 if s.lfs else s.blob_id) for s in info.siblings]
+        repository, commit, listed = online_listing(kind, repository, revision, key)
         chosen = choose(listed, patterns, repository, commit, key)
         there = cached_snapshot(kind, repository, commit, [entry.name for entry in chosen])
-
-    files = {}
     if there:
-        for entry in chosen:
-            path = there / entry.name
-            files[entry.name] = described_if_right(path, entry)
-            if not files[entry.name]:
-                raise HubError(
-                    f"{path} is missing or damaged: the digest of {entry.name} in {repository} is {entry.digest}; "
-                    f"delete {path.resolve()} and run snakemake again with a connection to download it"
-                )
+        files = {entry.name: checked_record(there, entry, repository) for entry in chosen}
         log.info("%s at %s is in %s; nothing is downloaded", repository, commit, there)
         return Fetched(there, repository, commit, files)
 
     write_json(target / f"{commit}.json", [entry._asdict() for entry in listed])  # for runs without a connection
-    target = target / commit
-    target.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        check_space(chosen, target, repository)
+    folder = target / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    with FileLock(folder.with_suffix(".lock")):
+        check_space(chosen, folder, repository)
         for number, entry in enumerate(chosen, 1):
-            files[entry.name] = described_if_right(target / entry.name, entry)
-            if not files[entry.name]:
-                url = hf_hub_url(repository, entry.name, repo_type=kind, revision=commit)
-                files[entry.name] = download(url, entry, target, repository, key)
+            url = hf_hub_url(repository, entry.name, repo_type=kind, revision=commit)
+            files[entry.name] = record_if_intact(folder / entry.name, entry) or download(
+                url, entry, folder, repository, key
+            )
             log.info("%d of %d files of %s: %s, %s", number, len(chosen), repository, entry.name, _size(entry.size))
-    return Fetched(target, repository, commit, files)
+    return Fetched(folder, repository, commit, files)
+
+
+def online_listing(kind: Kind, repository: str, revision: str, key: str) -> tuple[str, str, list[Entry]]:
+    """Ask the Hub for the current name of a repository, the commit of a revision, and its files.
+
+    Raises:
+        HubError: there is no such repository or revision, no right to it, or no connection.
+    """
+    try:
+        info = patiently(
+            lambda: HfApi().repo_info(repository, repo_type=kind, revision=revision, files_metadata=True, timeout=30)
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        raise _explained(error, repository, revision, key) from error
+    if info.id != repository:
+        log.warning("%s is called %s now; change %s.repository", repository, info.id, key)
+    entries = [Entry(s.rfilename, s.size, s.lfs.sha256 if s.lfs else s.blob_id) for s in info.siblings]
+    return info.id, info.sha, entries
+
+
+def offline_listing(
+    kind: Kind, repository: str, revision: str, patterns: list[str], target: Path, key: str
+) -> tuple[Path, list[Entry]]:
+    """Find the folder of a commit, with a list of its files, in the client's cache or of an earlier download.
+
+    Raises:
+        HubError: neither has all files.
+    """
+    if cached := cached_snapshot(kind, repository, revision, patterns):
+        return cached, entries_of_snapshot(cached)
+    listing = target / f"{revision}.json"
+    if not listing.is_file():
+        raise HubError(
+            f"HF_HUB_OFFLINE is set, and neither the cache of the Hub's client nor {target} has all of "
+            f"{repository} at {revision}; download it where there is a connection, set HF_HOME to where the cache "
+            f"is, or {key}.path to a folder with the files"
+        )
+    return target / revision, [Entry(**entry) for entry in json.loads(listing.read_text(encoding="utf-8"))]
 
 
 def cached_snapshot(kind: Kind, repository: str, revision: str, patterns: list[str]) -> Path | None:
-    """Folder of the client's cache with all these files, None where it lacks any; makes no request."""
+    """Return the folder of the client's cache with all these files, None if it lacks any; make no request."""
     try:
         found = snapshot_download(
             repository, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=True
@@ -155,14 +164,14 @@ def cached_snapshot(kind: Kind, repository: str, revision: str, patterns: list[s
 
 
 def entries_of_snapshot(folder: Path) -> list[Entry]:
-    """Files of a snapshot in the client's cache: links to files that are named by their digests."""
+    """List a snapshot of the client's cache, whose files are links to blobs that are named by their digests."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     names = {path: path.readlink().name if path.is_symlink() else "" for path in paths}
     return [Entry(str(path.relative_to(folder)), path.stat().st_size, digest) for path, digest in names.items()]
 
 
 def choose(listed: list[Entry], patterns: list[str], repository: str, commit: str, key: str) -> list[Entry]:
-    """Files that are named or, at the top of the repository, match a pattern, in the order of their names.
+    """Choose the files that are named or, at the top of the repository, match a pattern; sorted by name.
 
     Raises:
         HubError: a named file is not there.
@@ -180,23 +189,36 @@ def choose(listed: list[Entry], patterns: list[str], repository: str, commit: st
     )
 
 
-def described_if_right(path: Path, entry: Entry) -> dict[str, Any]:
-    """Digest, size and modification time of a file; empty where it is not there or not as the Hub lists it."""
+def record_if_intact(path: Path, entry: Entry) -> dict[str, Any]:
+    """Return the record of a file; empty if it is missing or differs from what the Hub lists."""
     if not path.is_file() or path.stat().st_size != entry.size:
         return {}
     record = file_record(path)
-    found = record["sha256"]
-    if len(entry.digest) == 40:
-        data = path.read_bytes()
-        found = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # as `git hash-object` does
-    return record if entry.digest in (found, "") else {}
+    digest = git_hash(path.read_bytes()) if len(entry.digest) == 40 else record["sha256"]
+    return record if entry.digest in (digest, "") else {}
+
+
+def checked_record(folder: Path, entry: Entry, repository: str) -> dict[str, Any]:
+    """Return the record of a file that should be here already.
+
+    Raises:
+        HubError: it is missing or damaged.
+    """
+    path = folder / entry.name
+    record = record_if_intact(path, entry)
+    if not record:
+        raise HubError(
+            f"{path} is missing or damaged: the digest of {entry.name} in {repository} is {entry.digest}; "
+            f"delete {path.resolve()} and run snakemake again with a connection to download it"
+        )
+    return record
 
 
 def check_space(entries: list[Entry], target: Path, repository: str) -> None:
-    """See whether what is still to be downloaded fits.
+    """Check that the disk has room for what is still to be downloaded.
 
     Raises:
-        HubError: it does not.
+        HubError: it has not.
     """
     there = [[path.stat().st_size for path in (target / e.name, _part(target, e)) if path.is_file()] for e in entries]
     needed = sum(max(0, entry.size - max(sizes, default=0)) for entry, sizes in zip(entries, there, strict=True))
@@ -210,10 +232,13 @@ def check_space(entries: list[Entry], target: Path, repository: str) -> None:
 
 
 def download(url: str, entry: Entry, target: Path, repository: str, key: str) -> dict[str, Any]:
-    """Download a file, going on where that was left, and give it its name when its digest is right.
+    """Download a file, resuming what an earlier attempt left, and rename it once its digest is right.
+
+    Returns:
+        Its record.
 
     Raises:
-        HubError: it cannot be had, or arrived with another digest twice.
+        HubError: the Hub does not give it, or it arrived with another digest twice.
     """
     part = _part(target, entry)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +255,7 @@ def download(url: str, entry: Entry, target: Path, repository: str, key: str) ->
                 headers=build_hf_headers(),
                 expected_size=entry.size,
                 displayed_filename=entry.name,
-                tqdm_class=Progress,
+                tqdm_class=tqdm,  # the client's own shows nothing in a log
             )
 
     for _ in range(2):
@@ -238,7 +263,7 @@ def download(url: str, entry: Entry, target: Path, repository: str, key: str) ->
             patiently(transfer, lambda: part.stat().st_size)
         except (HTTPError, OSError) as error:
             raise _explained(error, f"{repository}, {entry.name}", "", key) from error
-        if record := described_if_right(part, entry):
+        if record := record_if_intact(part, entry):
             part.replace(target / entry.name)
             return record
         log.warning("%s of %s arrived with another digest than the Hub's %s", entry.name, repository, entry.digest)
@@ -250,71 +275,53 @@ def download(url: str, entry: Entry, target: Path, repository: str, key: str) ->
 
 
 def patiently(call: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
-    """Result of a call that is made again where it fails for a passing reason: a limit of rate, a broken connection.
+    """Return the result of a call, repeating it after a transient failure: a rate limit, a broken connection.
 
     Args:
         call: what to do.
-        progress: how far it has come; attempts are counted anew where that has grown.
+        progress: how far it has come; attempts are counted anew whenever it has grown.
     """
     while True:
         reached = progress()
         retrying = Retrying(
-            retry=retry_if_exception(_passes) & retry_if_exception(lambda _: progress() <= reached),  # noqa: B023
+            retry=retry_if_exception(_is_transient) & retry_if_exception(lambda _: progress() <= reached),  # noqa: B023
             wait=_wait,
             stop=stop_after_attempt(ATTEMPTS),
-            before_sleep=_say_why,
+            before_sleep=_log_retry,
             reraise=True,
         )
         try:
             return retrying(call)
         except (HTTPError, OSError) as error:
-            if not _passes(error) or progress() <= reached:
+            if not _is_transient(error) or progress() <= reached:
                 raise
-            log.warning("%s; going on where that stopped", _brief(error))
+            log.warning("%s; resuming", _brief(error))
 
 
 def _wait(state: RetryCallState) -> float:
-    """Seconds that the Hub tells to wait, else twice as many as before the last attempt."""
+    """Seconds that the Hub asks to wait, else twice as many as before the last attempt."""
     assert state.outcome is not None
-    told = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("Retry-After", "")
-    return int(told) if told.isdigit() else wait_exponential()(state)
+    asked = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("Retry-After", "")
+    return int(asked) if asked.isdigit() else wait_exponential()(state)
 
 
-def _say_why(state: RetryCallState) -> None:
+def _log_retry(state: RetryCallState) -> None:
     assert state.outcome is not None and state.next_action is not None
     error, seconds = state.outcome.exception(), state.next_action.sleep
     log.warning("%s; attempt %d of %d in %d s", _brief(error), state.attempt_number + 1, ATTEMPTS, seconds)
-
-
-class Progress(tqdm):
-    """A bar on a terminal; in a log a line now and then, and none for what is done before the first."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what tqdm takes."""
-        self.terminal = sys.stderr.isatty()
-        if not self.terminal:
-            kwargs |= {"delay": SECONDS_BETWEEN_LINES, "mininterval": SECONDS_BETWEEN_LINES}
-        super().__init__(*args, **kwargs)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Show how far it is."""
-        if self.terminal:
-            super().display(msg, pos)
-        else:
-            log.info("%s", msg or self)
 
 
 def _part(target: Path, entry: Entry) -> Path:
     return target / f"{entry.name}.part"
 
 
-def _passes(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     if not isinstance(error, HTTPError | OSError):
         return False
     response = getattr(error, "response", None)
     if response is not None:
-        return response.status_code in PASSING
-    # What comes from the disk has a number; a broken connection, and fewer bytes than there should be, have none.
+        return response.status_code in TRANSIENT
+    # Errors of the disk have an errno; a broken connection, or fewer bytes than announced, have none.
     return getattr(error, "errno", None) is None
 
 
@@ -334,12 +341,12 @@ def _explained(error: Exception, what: str, revision: str, key: str) -> HubError
     elif status == 429:
         say = "the Hub limits the rate of requests; wait, or give a token (HF_TOKEN), and run snakemake again"
     elif isinstance(error, ValueError):
-        say = f"this is no name of a repository, or what answers is no Hub; check {key}.repository and HF_ENDPOINT"
+        say = f"this is not the name of a repository, or the server no Hub; check {key}.repository and HF_ENDPOINT"
     elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         say = "the disk is full; free some space, or set downloads to a folder on a larger disk"
     else:
         say = (
-            "run snakemake again, it goes on with what has arrived; without a connection use a filled cache "
+            "run snakemake again, it resumes what has arrived; without a connection use a filled cache "
             f"(HF_HUB_OFFLINE=1), or set {key}.path to a folder with the files"
         )
     return HubError(f"{what}: {say} ({_brief(error)})")

@@ -1,6 +1,6 @@
 """Reader of ImageRewardDB's published layout: metadata-{split}.parquet and images/{split}/{split}_{i}.zip.
 
-Facts about the layout: data set card and loading script of zai-org/ImageRewardDB.
+The layout follows the data set card and the loading script of zai-org/ImageRewardDB.
 """
 
 import logging
@@ -25,15 +25,15 @@ COLUMNS = ["image_path", "prompt_id", "prompt", "rank", *RATINGS]
 
 
 def annotation_file(split: Split) -> str:
-    """Where the annotations of a split stand, relative to the download folder."""
+    """File with the annotations of a split, relative to the download folder."""
     return f"metadata-{split}.parquet"
 
 
 def read_preferences(folder: Path, split: Split, files: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Canonical rows of a split, one for each prompt_id, in order of first occurrence; no image is read.
+    """Yield the canonical rows of a split, one for each prompt_id, in order of first occurrence; read no image.
 
-    Images whose archive was not downloaded (a smaller published training set is a prefix of the archives) are left
-    out, as is a repeated row.
+    Images whose archive was not downloaded are left out (a smaller published training set is a prefix of the
+    archives), and so are repeated rows.
 
     Args:
         folder: download folder.
@@ -85,7 +85,7 @@ def read_preferences(folder: Path, split: Split, files: Collection[str]) -> Iter
 
 
 def _metadata(path: Path, split: Split) -> Iterator[dict[str, Any]]:
-    """Rows of the metadata, every value of its type."""
+    """Yield the rows of the metadata with every value checked."""
     with reading_parquet(path):
         names = pq.read_schema(path).names
     missing = [name for name in COLUMNS if name not in names]
@@ -108,7 +108,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def archive_of_images(folder: Path, split: Split, files: Collection[str]) -> dict[str, str]:
-    """Archive of each image by the archives' own lists, for metadata whose paths do not name it."""
+    """Look up the archive of each image in the archives, for metadata whose paths do not name it."""
     archives = [name for name in sorted(files) if name.startswith(f"images/{split}/") and name.endswith(".zip")]
     found: dict[str, str] = {}
     for name in archives:

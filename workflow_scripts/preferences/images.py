@@ -1,34 +1,41 @@
-"""The one place where an encoded image becomes pixels: for checking, for training and for rollouts alike."""
+"""Decoding of images, the same for checks, training and rollouts."""
 
 import io
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
-# What published data hold, and what their extensions hide. Nothing that would start another program to be decoded.
+# Formats of published data, whatever their extensions say; none that starts another program for decoding.
 FORMATS = ("WEBP", "JPEG", "PNG", "GIF", "BMP", "TIFF")
 LARGEST_PIXELS = 2**26  # 8192 x 8192, 200 MB decoded; published images have one or two million
 LARGEST_ASPECT_RATIO = 200  # Qwen2.5-VL's processor refuses more
 BACKGROUND = (255, 255, 255)  # behind transparent pixels: white, as on the page that annotators saw
 
 
-# Width and height in pixels of each image, and what returns one by its name, as RGB.
-Images = tuple[Mapping[str, tuple[int, int]], Callable[[str], Image.Image]]
+@dataclass(frozen=True)
+class Images:
+    """Images by name, of which only the sizes need to be in memory."""
+
+    sizes: dict[str, tuple[int, int]]
+    """Width and height of each image in pixels."""
+    read: Callable[[str], Image.Image]
+    """Decode the image of this name to RGB."""
 
 
 class UnreadableImageError(ValueError):
-    """An image that cannot be decoded completely, or not be shown to the policy; says why."""
+    """An image that cannot be decoded completely or shown to the policy; says why."""
 
 
 def decoded(data: bytes) -> Image.Image:
     """Decode an image to RGB: upright by its EXIF orientation, on a white background, 16 bits by their high byte.
 
-    Of several frames the first counts; colour profiles are not applied.
+    Only the first frame is decoded; colour profiles are not applied.
 
     Raises:
-        UnreadableImageError: the image is empty, cut off, damaged, of no known format, too large to be honest, or
+        UnreadableImageError: the image is empty, cut off, damaged, of no known format, larger than LARGEST_PIXELS, or
             narrower than the policy's processor accepts.
     """
     if not data:
@@ -38,20 +45,20 @@ def decoded(data: bytes) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(*image.size)
-                if image.format != "PNG":  # of all formats it alone has checksums that verify() reads
+                if image.format != "PNG":  # the only format with checksums that verify() reads
                     return _upright_rgb(image)
                 image.verify()
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # verify() leaves the image unusable
                 return _upright_rgb(image)
     except (UnreadableImageError, MemoryError):
         raise
-    except Exception as error:  # PIL raises whatever a damaged file leads it to: struct.error, TypeError, KeyError, ...
+    except Exception as error:  # PIL raises anything at a damaged file: struct.error, TypeError, KeyError, ...
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from None
 
 
 def in_memory(images: Mapping[str, Image.Image]) -> Images:
-    """Decoded images, as engines take them."""
-    return {name: image.size for name, image in images.items()}, images.__getitem__
+    """Wrap decoded images for the engines."""
+    return Images({name: image.size for name, image in images.items()}, images.__getitem__)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -62,9 +69,9 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    ImageOps.exif_transpose(image, in_place=True)  # without a copy of what is upright already
+    ImageOps.exif_transpose(image, in_place=True)  # without a copy if it is upright already
     if image.mode.startswith("I;16"):
-        # PIL would clip these to 255. The high byte is what it takes of the 16 bits of a colour image.
+        # PIL would clip these to 255; of a 16-bit colour image it takes the high byte.
         values = np.asarray(image)
         grey = (values >> 8).astype(np.uint8)
         if "transparency" in image.info:

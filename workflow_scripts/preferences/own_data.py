@@ -37,17 +37,17 @@ PREFERRED = {"0": 0, "1": 1, "a": 0, "b": 1}
 
 
 def read_preferences(folder: Path, name: str, split: Split, drawn: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Canonical rows of a split, by prompt_id; no image is read, and the order of the table's rows does not matter.
+    """Yield the canonical rows of a split, by prompt_id, whatever the order of the table; read no image.
 
-    Ranks are derived from ratings, and pairs from ranks, where the table does not give them. In the test split, prompts
-    with several given pairs become one prompt for each: pairs need not add up to ranks.
+    Ranks are derived from ratings, and pairs from ranks, where the table does not give them. In the test split, a
+    prompt with several given pairs becomes one prompt for each pair: pairs need not be consistent with any ranking.
 
     Args:
         folder: the user's folder.
         name: the table in it, *.csv, *.jsonl or *.parquet.
         split: train, validation or test.
-        drawn: `seed`, `validation_fraction` and `test_fraction` by which prompts are put into splits, where the table
-            has no column `split`.
+        drawn: `seed`, `validation_fraction` and `test_fraction` that put prompts into splits if the table has no column
+            `split`.
 
     Raises:
         SchemaError: the table cannot be read, or a value is wrong or contradicts another: names file, row and column.
@@ -64,7 +64,7 @@ def read_preferences(folder: Path, name: str, split: Split, drawn: dict[str, Any
 
 
 def drawn_split(prompt: str, seed: int, validation_fraction: float, test_fraction: float) -> str:
-    """Split of a prompt by a hash of its text: the same one whatever other prompts there are."""
+    """Draw the split of a prompt by a hash of its text, whatever other prompts there are."""
     place = int.from_bytes(sha256(f"{seed}:{normalised(prompt)}".encode()).digest()[:8], "big") / 2**64
     if place < test_fraction:
         return "test"
@@ -72,7 +72,7 @@ def drawn_split(prompt: str, seed: int, validation_fraction: float, test_fractio
 
 
 def image_files(folder: Path, name: str) -> list[str]:
-    """Files that the table names, images or archives of them, relative to the folder.
+    """List the files that the table names, images or archives, relative to the folder.
 
     Raises:
         SchemaError: as `read_preferences`, or a file is missing or outside of the folder.
@@ -85,7 +85,7 @@ def image_files(folder: Path, name: str) -> list[str]:
 
 
 def _grouped(folder: Path, name: str) -> list[tuple[str | None, dict[str, Any]]]:
-    """(split or None, row of PREFERENCES) of each prompt of a CSV or JSON lines table."""
+    """Return (split or None, row of PREFERENCES) for each prompt of a CSV or JSON lines table."""
     prompts: dict[str, list[dict[str, Any]]] = {}
     root = folder.resolve()
     for where, cells in _table(folder / name):
@@ -112,7 +112,7 @@ def _grouped(folder: Path, name: str) -> list[tuple[str | None, dict[str, Any]]]
 
 
 def _table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a table with where each stands; all have the same columns, and none that is not known."""
+    """Yield the place and the cells of each row; all rows must have the same, known columns."""
     rows = _csv_rows(path) if path.suffix == ".csv" else _json_lines(path)
     columns = None
     for where, cells in rows:
@@ -181,7 +181,7 @@ def _present(cells: dict[str, Any], column: str, where: str) -> Any:
 
 
 def _judgements(cells: dict[str, Any], kind: str, where: str) -> dict[str, int]:
-    """Judgements of a row by column, each of its type and range."""
+    """Return the judgements of a row by column, each of the right type and range."""
     found = {}
     for column in JUDGEMENTS[kind]:
         if column not in cells:
@@ -204,7 +204,7 @@ def _judgements(cells: dict[str, Any], kind: str, where: str) -> dict[str, int]:
 
 
 def _image_file(root: Path, value: object, column: str, where: str) -> str:
-    """Path of an image relative to the folder, which it must be in, links followed."""
+    """Return the path of an image relative to the folder; with links followed it must lie inside."""
     path = PurePosixPath(text(value, column, where))
     try:
         target = (root / path).resolve()
@@ -221,12 +221,12 @@ def _image_file(root: Path, value: object, column: str, where: str) -> str:
 
 
 def image_id(path: str) -> str:
-    """Name of an image: its path, with / written as %2F since it separates names elsewhere."""
+    """Make the name of an image from its path, with / written as %2F: names of items contain /."""
     return path.replace("%", "%25").replace("/", "%2F")
 
 
 def _canonical(prompt_id: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Row of PREFERENCES of one prompt, images in the order of their names."""
+    """Make the row of PREFERENCES for one prompt, with its images sorted by name."""
     paths = sorted({path for row in rows for path in row["images"]})
     row = canonical_row(prompt_id, rows[0]["prompt"], [image_id(path) for path in paths], "") | {"archives": paths}
     seen: dict[tuple[str, ...], str] = {}
@@ -252,7 +252,7 @@ def _canonical(prompt_id: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _pair(a: str, b: str, preferred: int) -> dict[str, Any]:
-    """A judged pair, its images in the order of their names."""
+    """Make a judged pair with its images sorted by name."""
     return {"a": a, "b": b, "preferred": preferred} if a < b else {"a": b, "b": a, "preferred": 1 - preferred}
 
 
@@ -260,7 +260,7 @@ def _pair(a: str, b: str, preferred: int) -> dict[str, Any]:
 
 
 def canonical_rows(folder: Path, name: str) -> list[tuple[str | None, dict[str, Any]]]:
-    """(split or None, row) of a table in the canonical format, which may have a column `split` beside.
+    """Return (split or None, row) for each row of a table in the canonical format, with or without a column `split`.
 
     Raises:
         SchemaError: it has other columns, a row breaks the contract, or a file is missing or outside of the folder.
@@ -293,7 +293,7 @@ def canonical_rows(folder: Path, name: str) -> list[tuple[str | None, dict[str, 
 
 
 def _with_derived(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with ranks from its ratings and pairs from its ranks, where it has none of its own."""
+    """Add ranks from ratings and pairs from ranks to a row that lacks them."""
     ranks = row["ranks"]
     if ranks is None and row["ratings"]:
         ranks = [1 + sum(other > rating for other in row["ratings"]) for rating in row["ratings"]]
@@ -305,7 +305,7 @@ def _with_derived(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_pair(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for each given pair, as a prompt of two ranked images; the whole row where it has ratings instead."""
+    """Yield each given pair as a prompt of two ranked images; a row with ratings as a whole."""
     if row["ratings"]:
         yield _with_derived(row)
         return

@@ -1,7 +1,7 @@
-"""Canonical tables of preference data, the same for every data set; checked on write and on read.
+"""Canonical tables of preference data, the same for every data set, checked on write and on read.
 
 preferences.parquet has one row per prompt. Ranks are 1 = best, ties allowed, smallest rank not always 1. `pairs` holds
-judgements given as pairs, `preferred` = 0 for image a, 1 for image b; where the data gives ranks, pairs are derived.
+judgements published as pairs, with `preferred` = 0 for image a and 1 for image b; pairs are derived from ranks.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ PREFERENCES = pa.schema(
         pa.field("alignment_ratings", pa.list_(pa.int8())),
         pa.field("fidelity_ratings", pa.list_(pa.int8())),
         pa.field("pairs", pa.list_(PAIR)),
-        pa.field("annotations", pa.list_(pa.list_(pa.int16()))),  # ranks by each single annotator
+        pa.field("annotations", pa.list_(pa.list_(pa.int16()))),  # ranks by each annotator
     ]
 )
 
-SUBSET = PREFERENCES.append(pa.field("position", pa.int64(), nullable=False))  # place in the seeded hash order
+SUBSET = PREFERENCES.append(pa.field("position", pa.int64(), nullable=False))  # rank in the seeded hash order
 
 IMAGES = pa.schema(
     [
@@ -48,7 +48,6 @@ IMAGES = pa.schema(
     ]
 )
 
-
 LARGEST_RANK = 2**15 - 1  # of the column's type
 
 
@@ -57,10 +56,10 @@ class SchemaError(ValueError):
 
 
 def text(value: object, name: str, where: str) -> str:
-    """A value that must be a text; the empty one is.
+    """Return a value that must be a text; it may be empty.
 
     Raises:
-        SchemaError: it is none, or has no UTF-8 form (half of a surrogate pair).
+        SchemaError: it is not a text, or has no UTF-8 form (half of a surrogate pair).
     """
     if isinstance(value, str):
         try:
@@ -72,10 +71,10 @@ def text(value: object, name: str, where: str) -> str:
 
 
 def whole_number(value: object, name: str, where: str) -> int:
-    """A value that must be a whole number; 3.0 is one.
+    """Return a value that must be a whole number, such as 3 or 3.0.
 
     Raises:
-        SchemaError: it is none.
+        SchemaError: it is not a whole number.
     """
     if type(value) is int or (isinstance(value, float) and value.is_integer()):
         return int(value)
@@ -83,14 +82,14 @@ def whole_number(value: object, name: str, where: str) -> int:
 
 
 def image_name(path: object, where: str) -> str:
-    """Base name of an image, by which it is known in its archive.
+    """Return the base name of an image, by which it is known in its archive.
 
     Raises:
-        SchemaError: the path is no text or names no file.
+        SchemaError: the path is not a text, or names no file.
     """
     whole = text(path, "the path of an image", where)
     name = whole.rpartition("/")[2]
-    if name in ("", "."):  # "a/" and "a/." are a, too; for every path PurePosixPath would take half of a reader's time
+    if name in ("", "."):  # "a/" and "a/." are a, too; PurePosixPath for every path would take half of a reader's time
         name = PurePosixPath(whole).name
     if name in ("", ".."):
         raise SchemaError(f"{where}: the path of an image must name a file, got {reprlib.repr(path)}")
@@ -158,14 +157,14 @@ def write_preferences(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Sch
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of so many items; the last may be shorter."""
+    """Yield lists of `size` items; the last may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def count_pairs(row: dict[str, Any]) -> dict[str, int]:
-    """What a row adds to the counts of `write_preferences`."""
+    """Count what a row adds to the counts of `write_preferences`."""
     total = len(row["image_ids"]) * (len(row["image_ids"]) - 1) // 2
     ranks = row["ranks"]
     tied = sum(n * (n - 1) // 2 for n in Counter(ranks).values()) if ranks else 0
@@ -179,7 +178,7 @@ def count_pairs(row: dict[str, Any]) -> dict[str, int]:
 
 
 def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
-    """Read a table that has this schema: all of it, or some columns.
+    """Read a table that must have this schema: all of it, or some columns.
 
     Raises:
         SchemaError: the file's columns are others, or it cannot be read.
@@ -206,7 +205,7 @@ def check_schema(path: Path, schema: pa.Schema) -> None:
 
 @contextlib.contextmanager
 def reading_parquet(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises at a damaged file into a SchemaError that names it."""
+    """Turn the exceptions that pyarrow raises at a damaged file into a SchemaError that names the file."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -226,7 +225,7 @@ def write_images(path: Path, rows: Iterable[dict[str, Any]]) -> set[str]:
     return written
 
 
-def read_images(paths: list[Path]) -> Iterator[dict[str, Any]]:
+def read_image_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Stream rows of IMAGES files, never all in memory.
 
     Raises:

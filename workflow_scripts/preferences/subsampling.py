@@ -1,4 +1,4 @@
-"""Which prompts and pairs are used: by seeded hashes of their names, whatever the order of the rows.
+"""Selection of prompts and pairs by seeded hashes of their names, whatever the order of the rows.
 
 A larger fraction contains a smaller one, and validation prompts come from the other end of the same order.
 """
@@ -7,6 +7,9 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
+
+from workflow_scripts.configuration.data_stages import SelectSubset
+from workflow_scripts.configuration.model import VALIDATION_FROM
 
 
 class SubsamplingError(ValueError):
@@ -21,23 +24,64 @@ class Overlap(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What training keeps."""
+    """Prompts and pairs that training keeps."""
 
     prompts: list[str]  # prompt_ids in hash order
     pairs: set[str] | None  # names of the kept pairs; None: all pairs of these prompts
-    of: int  # units that the fraction was taken of
+    of: int  # number of units that the fraction was taken of
+
+
+class Selection(NamedTuple):
+    """Prompts and pairs of a split that are used."""
+
+    leaked: Overlap
+    dropped: set[str]  # prompt_ids left out because they leak
+    prompts: list[str]  # prompt_ids in hash order
+    pairs: set[str] | None  # names of the kept pairs; None: all pairs of these prompts
+    of: int  # number of units (prompts or pairs) that these were taken from
+
+
+def select(
+    config: SelectSubset,
+    texts: Mapping[str, str],
+    others: Iterable[Mapping[str, str]],
+    pairs: Mapping[str, Sequence[str]] | None,
+) -> Selection:
+    """Select a fraction for training, a number of prompts for validation, or the whole test split.
+
+    Args:
+        config: settings of the split.
+        texts: normalised text by prompt_id, of the split that the prompts are taken from.
+        others: the same for each split that must not overlap with it.
+        pairs: names of each prompt's pairs by `pair_unit`, to keep single pairs; None keeps prompts with all pairs.
+
+    Raises:
+        SubsamplingError: the fraction keeps nothing, or training leaves too few prompts for validation.
+    """
+    leaked = overlap(texts, others)
+    dropped = leaked.ids | leaked.texts if config.drop_overlap else set()
+    order = hash_order(config.seed, texts.keys() - dropped)
+    if config.split == "test":
+        return Selection(leaked, dropped, order, None, len(order))
+    if config.split == "validation" and VALIDATION_FROM[config.dataset] == "validation":
+        return Selection(leaked, dropped, order[: config.prompts], None, len(order))
+    kept = keep_fraction(order, config.fraction, config.seed, pairs)
+    if config.split == "train":
+        return Selection(leaked, dropped, *kept)
+    drawn = draw_validation(order, kept.prompts, texts, config.prompts or 0)
+    return Selection(leaked, dropped, drawn, None, len(order))
 
 
 def hash_order(seed: int, ids: Iterable[str]) -> list[str]:
-    """The ids sorted by SHA-256 of "{seed}:{id}"."""
+    """Sort ids by SHA-256 of "{seed}:{id}"."""
     return sorted(ids, key=lambda name: sha256(f"{seed}:{name}".encode()).digest())
 
 
 def share(fraction: float, count: int) -> int:
-    """So many units are that fraction, halves rounded up.
+    """Return the number of units in a fraction, halves rounded up.
 
     Raises:
-        SubsamplingError: that is none.
+        SubsamplingError: the number is zero.
     """
     units = math.floor(fraction * count + 0.5)
     if not units:
@@ -46,16 +90,16 @@ def share(fraction: float, count: int) -> int:
 
 
 def normalised(text: str) -> str:
-    """A text without differences in case and white space."""
+    """Remove differences in case and white space from a text."""
     return " ".join(text.casefold().split())
 
 
 def overlap(texts: Mapping[str, str], others: Iterable[Mapping[str, str]]) -> Overlap:
-    """Prompts of a split that other splits have too.
+    """Find the prompts of a split that other splits have too.
 
     Args:
         texts: normalised text by prompt_id.
-        others: the same of each of the other splits.
+        others: the same for each of the other splits.
     """
     found = Overlap(set(), set())
     for other in others:
@@ -66,12 +110,12 @@ def overlap(texts: Mapping[str, str], others: Iterable[Mapping[str, str]]) -> Ov
 
 
 def pair_unit(prompt_id: str, a: str, b: str) -> str:
-    """Name of a judged pair, the same whichever image comes first."""
+    """Name a judged pair, the same whichever image comes first."""
     return f"{prompt_id}\n{a}\n{b}" if a < b else f"{prompt_id}\n{b}\n{a}"
 
 
 def keep_fraction(order: Sequence[str], fraction: float, seed: int, pairs: Mapping[str, Sequence[str]] | None) -> Kept:
-    """The first units in hash order, exactly that fraction of them.
+    """Keep the first units in hash order, exactly a fraction of them.
 
     Args:
         order: prompt_ids in hash order.
@@ -90,13 +134,13 @@ def keep_fraction(order: Sequence[str], fraction: float, seed: int, pairs: Mappi
 
 
 def draw_validation(order: Sequence[str], kept: Collection[str], texts: Mapping[str, str], prompts: int) -> list[str]:
-    """Validation prompts for training data without a validation split: from the end of the hash order.
+    """Draw validation prompts from the end of the hash order, for training data without a validation split.
 
     Args:
         order: all prompt_ids in hash order.
-        kept: those that training keeps anything of.
-        texts: normalised text by prompt_id; one with a kept prompt's text is not drawn.
-        prompts: how many to draw.
+        kept: prompt_ids of which training keeps any pair.
+        texts: normalised text by prompt_id; a prompt with the text of a kept one is not drawn.
+        prompts: number to draw.
 
     Raises:
         SubsamplingError: training leaves fewer.
@@ -112,7 +156,7 @@ def draw_validation(order: Sequence[str], kept: Collection[str], texts: Mapping[
 
 
 def restricted(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows with only the images that occur in their pairs."""
+    """Restrict the images of each row to those in its pairs."""
     for row in rows:
         used = {pair[side] for pair in row["pairs"] for side in ("a", "b")}
         images = [

@@ -1,7 +1,7 @@
-"""The synthetic world in the published raw layouts of ImageRewardDB and HPDv2, blemishes included.
+"""The synthetic world in the published raw layouts of ImageRewardDB and HPDv2, including their blemishes.
 
-Every prompt has random streams of its own, named by data set, seed, split and number, so that it stays the same
-whatever else the world contains. Files have fixed dates: the same seed gives the same bytes.
+Every prompt has its own random streams, named by data set, seed, split and number, so that it stays the same whatever
+else the world contains. Files have fixed dates: the same seed gives the same bytes.
 """
 
 import contextlib
@@ -37,27 +37,27 @@ from workflow_scripts.preferences.synthetic_annotators import (
 )
 from workflow_scripts.preferences.synthetic_scenes import Group, Scene, draw, prompt_text, sample_prompt, sample_scene
 
-# Images of a prompt and how many prompts of ImageReward's published test split have so many.
+# Images of a prompt: number of prompts with as many in ImageReward's published test split.
 IMAGE_COUNTS = {4: 194, 5: 2, 6: 45, 7: 159, 8: 43, 9: 23}
-LISTING_NOISE = 2.55  # of the order in which ImageReward lists images: the first of two listed wins 59 % of the pairs
+LISTING_NOISE = 2.55  # in ImageReward's order of listing: the first listed of two images wins 59 % of the pairs
 SPLIT_NUMBER = {"train": 1, "validation": 2, "test": 3}
 
-# Blemishes: of every 160 prompts of ImageReward one repeats the text of the one before (0.6 %), and of every 160
-# training prompts of either data set one has the text of a test prompt.
+# Blemishes: one in 160 prompts of ImageReward repeats the text of the prompt before (0.6 %), and one in 160 training
+# prompts of either data set has the text of a test prompt.
 BLEMISH_PERIOD = 160
 REPEATED_AT = 20
 LEAKED_AT = 10
 
-# How good HPDv2's image generators are: the chance that a part of the prompt comes out right, by place in a test row.
-# The mean ranks by place that this gives follow the published ones: best are 2, 1 and 8, worst is 5, and the photo that
-# every fourth row has in the tenth place is better than all of them.
+# Skill of HPDv2's image generators by place in a test row: the probability that a part of the prompt comes out right.
+# The mean ranks by place follow the published ones: best are 2, 1 and 8, worst is 5, and the photo that every fourth
+# row has in the tenth place is better than all of them.
 GENERATOR_SKILL = (0.45, 0.8, 0.87, 0.45, 0.3, 0.12, 0.72, 0.38, 0.8, 0.95)
 TRAIN_GENERATORS = (0, 1, 6, 8)
 
-RAW_DATE = 1_700_000_000  # modification time of every raw file, so that their record is reproducible too
+RAW_DATE = 1_700_000_000  # modification time of every raw file, so that records of them are reproducible too
 PROMPT_DRAWS = 20_000
 
-Prompt = tuple[tuple[Group, ...], str]  # what is asked for, and the background
+Prompt = tuple[tuple[Group, ...], str]  # groups asked for, and the background
 
 METADATA = pa.schema(
     [
@@ -75,22 +75,22 @@ METADATA = pa.schema(
 
 
 def stream(dataset: str, seed: int, split: str, index: int, purpose: str) -> random.Random:
-    """The random stream of one purpose of one prompt."""
+    """Make the random stream for one purpose of one prompt."""
     return random.Random(f"{dataset} {seed} {split} {index} {purpose}")
 
 
 def prompts(dataset: Literal["imagereward", "hpsv2"], seed: int, split: Split, count: int, tests: int) -> list[Prompt]:
-    """The prompts of a split: different texts but for the blemishes.
+    """Draw the prompts of a split: different texts, except for the blemishes.
 
     Args:
-        dataset: whose prompts.
+        dataset: whose prompts to draw.
         seed: of the world.
         split: of the data set; the texts of ImageReward's training and validation split do not overlap.
         count: number of prompts.
         tests: number of test prompts, whose texts leak into the training split.
 
     Raises:
-        ConfigurationError: the world has not that many prompt texts.
+        ConfigurationError: the world has fewer prompt texts.
     """
     leaked = prompts(dataset, seed, "test", tests, 0) if split == "train" else []
     chosen: list[Prompt] = []
@@ -126,7 +126,7 @@ def _for_validation(text: str) -> bool:
 
 
 def imagereward_scenes(seed: int, split: Split, index: int, prompt: Prompt) -> list[Scene]:
-    """Scenes of an ImageReward prompt, 4 to 9, in the order of listing, which gives away something of their quality."""
+    """Draw 4 to 9 scenes for an ImageReward prompt, in an order of listing that correlates with their utility."""
     rng = stream("imagereward", seed, split, index, "scenes")
     count = rng.choices(list(IMAGE_COUNTS), list(IMAGE_COUNTS.values()))[0]
     scenes = [sample_scene(rng, *prompt) for _ in range(count)]
@@ -135,7 +135,7 @@ def imagereward_scenes(seed: int, split: Split, index: int, prompt: Prompt) -> l
 
 
 def hpdv2_scenes(seed: int, split: Split, index: int, prompt: Prompt) -> list[Scene]:
-    """Scenes of an HPDv2 prompt: 4 in random order for training, 9 or 10 in generator order for a test."""
+    """Draw the scenes for an HPDv2 prompt: 4 in random order for training, 9 or 10 in generator order for a test."""
     rng = stream("hpsv2", seed, split, index, "scenes")
     generators: Sequence[int] = range(10 if index % 4 == 3 else 9)
     if split == "train":
@@ -155,7 +155,7 @@ def write_imagereward(folder: Path, world: ImageRewardWorld) -> tuple[list[str],
     """Write metadata-{split}.parquet, images/{split}/{split}_{i}.zip and truth-{split}.parquet.
 
     Returns:
-        The files written, relative to `folder`, and what was counted and measured on the test pairs.
+        The files written, relative to `folder`, and a summary with counts and measures on the test pairs.
     """
     files: list[str] = []
     summary: dict[str, Any] = {"splits": {}}
@@ -199,7 +199,7 @@ def write_imagereward(folder: Path, world: ImageRewardWorld) -> tuple[list[str],
 def _imagereward_rows(
     seed: int, split: Split, index: int, scenes: Sequence[Scene], folder: str
 ) -> list[dict[str, Any]]:
-    """Metadata rows of one prompt, one for each of its scenes."""
+    """Make the metadata rows of one prompt, one for each of its scenes."""
     label = imagereward_label(stream("imagereward", seed, split, index, "annotator"), scenes)
     names = stream("imagereward", seed, split, index, "names")
     return [
@@ -219,7 +219,7 @@ def _imagereward_rows(
 
 
 def imagereward_agreement(seed: int, tests: Sequence[Prompt]) -> dict[str, float]:
-    """Agreements with the labels of the test prompts, on strict pairs, and the share of tied pairs."""
+    """Measure agreement with the labels of the test prompts on strict pairs, and the share of tied pairs."""
     second = ceiling = first_listed = Agreement(0.0, 0)
     pairs = 0
     for index, prompt in enumerate(tests):
@@ -248,7 +248,7 @@ def write_hpdv2(folder: Path, world: Hpdv2World) -> tuple[list[str], dict[str, A
     """Write {split}.json, {split}.tar.gz and truth-{split}.parquet for train and test.
 
     Returns:
-        The files written, relative to `folder`, and what was counted and measured on the test pairs.
+        The files written, relative to `folder`, and a summary with counts and measures on the test pairs.
     """
     files: list[str] = []
     summary: dict[str, Any] = {"splits": {}}
@@ -298,7 +298,7 @@ def _hpdv2_rows(
 
 
 def hpdv2_agreement(seed: int, tests: Sequence[Prompt]) -> dict[str, float]:
-    """Agreements with the labels of the test prompts."""
+    """Measure agreement with the labels of the test prompts."""
     single = ceiling = first_listed = Agreement(0.0, 0)
     for index, prompt in enumerate(tests):
         scenes = hpdv2_scenes(seed, "test", index, prompt)
@@ -320,14 +320,14 @@ def hpdv2_agreement(seed: int, tests: Sequence[Prompt]) -> dict[str, float]:
 
 
 def encoded(scene: Scene, image_format: Literal["WEBP", "JPEG"], **options: Any) -> bytes:
-    """The drawn scene as an image file."""
+    """Draw a scene and encode it as an image file."""
     buffer = io.BytesIO()
     draw(scene).save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
 def _spoiled(data: bytes, index: int) -> bytes:
-    """An image as published by mistake: empty or cut off, in turns."""
+    """Spoil an image as in the published data: empty or cut off, in turns."""
     return data[: len(data) // 2] if index % 2 else b""
 
 
@@ -339,7 +339,7 @@ def _write_member(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """A tar.gz whose gzip header carries neither name nor date."""
+    """Open a tar.gz whose gzip header carries neither name nor date."""
     with (
         path.open("wb") as file,
         gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
@@ -354,7 +354,7 @@ def _write_parquet(path: Path, table: pa.Table) -> None:
 
 
 def _write_truth(folder: Path, split: str, truth: dict[str, float]) -> None:
-    """Latent utility of every image: not part of the published layout, and no reader looks at it."""
+    """Write the latent utility of every image, which is not part of the published layout and which no reader uses."""
     columns = {"image_id": list(truth), "utility": list(truth.values())}
     _write_parquet(folder / f"truth-{split}.parquet", pa.table(columns))
 

@@ -1,4 +1,4 @@
-"""Scenes of the synthetic world: what a prompt asks for, what an image shows of it, and how good it is.
+"""Scenes of the synthetic world: the objects that a prompt asks for, those that an image shows, and its quality.
 
 A prompt such as "two red circles and one blue square on mint" is drawn with mistakes (a wrong count, colour or shape)
 and with a quality (sharp, blurry, noisy, faded). Both lower a latent utility that only the simulated annotators see.
@@ -26,20 +26,20 @@ BACKGROUNDS = {
 QUALITIES = ("sharp", "blurry", "noisy", "faded")
 MISTAKES = ("count", "colour", "shape")
 
-SIDE = 84  # pixels: three cells of 28, and 28 pixels are one merged visual token of Qwen2.5-VL
+SIDE = 84  # pixels: three cells of 28, the side of one merged visual token of Qwen2.5-VL
 CELLS = 3
 
 
 @dataclass(frozen=True)
 class Group:
-    """So many shapes of one colour."""
+    """A number of equal shapes of one colour."""
 
     count: int
     colour: str
     shape: str
 
     def __str__(self) -> str:
-        """Words for it: "two red circles"."""
+        """Describe it in words: "two red circles"."""
         return f"{COUNTS[self.count]} {self.colour} {self.shape if self.count == 1 else SHAPES[self.shape]}"
 
 
@@ -60,12 +60,12 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """What the image really shows, in the words of a reasoning trace."""
+        """The drawn objects and the quality, in the words of a reasoning trace."""
         return " and ".join(map(str, self.drawn)) + f", {self.quality}."
 
     @property
     def mistakes(self) -> Counter[str]:
-        """How often the count, the colour or the shape of a group differs from what was asked."""
+        """How often the count, the colour or the shape of a group differs from the prompt."""
         pairs = list(zip(self.asked, self.drawn, strict=True))
         return Counter({kind: sum(getattr(a, kind) != getattr(d, kind) for a, d in pairs) for kind in MISTAKES})
 
@@ -78,7 +78,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Taste:
-    """What one mistake of each kind and each quality costs, in units of utility."""
+    """Cost of one mistake of each kind and of each quality, in units of utility."""
 
     count: float
     colour: float
@@ -89,7 +89,7 @@ class Taste:
     sharp: float = 0.0
 
     def utility(self, scene: Scene) -> float:
-        """Latent utility of an image, 0 at best."""
+        """Return the latent utility of an image, 0 at best."""
         return -sum(getattr(self, kind) * n for kind, n in scene.mistakes.items()) - getattr(self, scene.quality)
 
 
@@ -97,7 +97,7 @@ HUMAN = Taste(count=0.8, colour=1.2, shape=1.0, blurry=0.9, noisy=0.7, faded=0.5
 
 
 def prompt_text(asked: tuple[Group, ...], background: str) -> str:
-    """The prompt that asks for these groups."""
+    """Write the prompt that asks for these groups."""
     return " and ".join(map(str, asked)) + f" on {background}"
 
 
@@ -124,7 +124,7 @@ def sample_scene(
     mistake_weights: tuple[float, ...] = (0.35, 0.3, 0.25, 0.1),
     quality_weights: tuple[float, ...] = (0.4, 0.2, 0.2, 0.2),
 ) -> Scene:
-    """Draw one image of a prompt: 0 to 3 mistakes and a quality, with these weights."""
+    """Draw one scene for a prompt: 0 to 3 mistakes and a quality, with these weights."""
     drawn = list(asked)
     slots = [(index, kind) for index in range(len(asked)) for kind in MISTAKES]
     wanted = rng.choices(range(len(mistake_weights)), mistake_weights)[0]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from workflow_scripts.files.paths import ROOT, from_here
+
 COLUMNS = ("prompt", "path")
 EXTENSIONS = (".webp", ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -61,6 +63,20 @@ def listed(images: Path, prompt: str) -> list[Listed]:
     if images.suffix == ".csv":
         return listed_table(images)
     return [one._replace(name=shown_name(one.path.relative_to(images))) for one in listed_files([images], prompt)]
+
+
+def ranked_images(images: str, prompt: str) -> list[str]:
+    """Files to rank as inputs of a rule: the table, and the images that are there; none where nothing is to be ranked.
+
+    Args:
+        images: key `ranking.images`, a CSV or a folder relative to the repository, or empty.
+        prompt: key `ranking.prompt`, for a folder.
+    """
+    if not images:
+        return []
+    given = ROOT / images
+    paths = {one.path for one in listed(given, prompt)}
+    return from_here([*([given] if given.is_file() else []), *sorted(path for path in paths if path.is_file())])
 
 
 def listed_files(paths: Sequence[Path], prompt: str) -> list[Listed]:

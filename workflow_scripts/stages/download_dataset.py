@@ -3,21 +3,21 @@
 python -m workflow_scripts.stages.download_dataset --output results/downloads/hub/hpsv2/dataset.json \
     --config '{"dataset": "hpsv2", "hub": {"repository": "ymhao/HPDv2", "revision": "main"}}'
 
-The output is the record of the data set. The raw files stand beside it in a folder named by the commit, or stay where
-they are: in the folder that `hub.path` names, or in the cache of the Hub's client. An interrupted download goes on.
+The output is the record of the data set. The raw files stand beside it in a folder named by the commit, or stay in
+place: in the folder that `hub.path` names, or in the cache of the Hub's client. An interrupted download resumes.
 """
 
 from pathlib import Path
 
+from workflow_scripts.configuration.data_stages import DownloadDataset
 from workflow_scripts.configuration.model import Hpdv2Hub, ImageRewardHub
-from workflow_scripts.configuration.stages import DownloadDataset
 from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.preferences.hub import HubError, fetch
 from workflow_scripts.running.command_line import Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 
-# As in ImageRewardDB.py on the Hub: of the training archives the first so many for each thousand prompts.
+# As in ImageRewardDB.py on the Hub: training archives for each thousand prompts, from the first on.
 ARCHIVES_OF_A_THOUSAND = 4
 OTHER_ARCHIVES = {"validation": 2, "test": 2}
 
@@ -28,7 +28,7 @@ class Arguments(StageArguments):
     output: Output
     """dataset.json: repository, commit, and the digest of every raw file."""
     config: DownloadDataset
-    """Which data set, and where it is published."""
+    """Data set, and where it is published."""
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def needed_files(hub: ImageRewardHub | Hpdv2Hub) -> list[str]:
-    """Published files that are read, relative to the repository."""
+    """List the published files that are read, relative to the repository."""
     if isinstance(hub, Hpdv2Hub):
         return [f"{split}.{kind}" for split in ("train", "test") for kind in ("json", "tar.gz")]
     archives = {"train": ARCHIVES_OF_A_THOUSAND * int(hub.train_set.removesuffix("k")), **OTHER_ARCHIVES}
@@ -65,10 +65,10 @@ def needed_files(hub: ImageRewardHub | Hpdv2Hub) -> list[str]:
 
 
 def own_file(folder: Path, name: str, key: str) -> Path:
-    """A published file in the user's folder.
+    """Find a published file in the user's folder.
 
     Raises:
-        HubError: it is not there.
+        HubError: it is missing.
     """
     if not (folder / name).is_file():
         raise HubError(

@@ -13,8 +13,8 @@ import time
 
 from workflow_scripts.configuration.stages import GenerateRollouts
 from workflow_scripts.policy.manifest import PolicyError
-from workflow_scripts.preferences.images import decoded
-from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
+from workflow_scripts.preferences.images import Images, decoded
+from workflow_scripts.preferences.schema import SUBSET, read_image_rows, read_table
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import sample_texts, write_rollouts
@@ -58,7 +58,7 @@ def main() -> None:
             if config.start <= row["position"] < config.stop
         ]
         sizes, encoded = {}, {}
-        for row in read_images([arguments.images]):
+        for row in read_image_rows([arguments.images]):
             sizes[row["image_id"]], encoded[row["image_id"]] = (row["width"], row["height"]), row["bytes"]
         if config.model.protocol == "pointwise":
             items = pointwise_items(rows, set(sizes))
@@ -86,7 +86,7 @@ def main() -> None:
             generate(
                 policy,
                 items,
-                (sizes, lambda name: decoded(encoded[name])),
+                Images(sizes, lambda name: decoded(encoded[name])),
                 rollouts=config.rollouts,
                 first_k=config.block * config.rollouts,
                 sampling=config.sampling,

@@ -19,7 +19,7 @@ from workflow_scripts.configuration.stages import MakeGallery
 from workflow_scripts.files.writing import replacing
 from workflow_scripts.policy.prompts import ANSWERS
 from workflow_scripts.preferences.images import decoded
-from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
+from workflow_scripts.preferences.schema import SUBSET, read_image_rows, read_table
 from workflow_scripts.ranking.traces import log_gallery
 from workflow_scripts.reporting.gallery import GALLERY, gallery_rows
 from workflow_scripts.rollouts.record import ROLLOUT
@@ -65,7 +65,9 @@ def main() -> None:
             scores.setdefault(prompt, {}).setdefault(image, []).append(soft)
         shown = {image for row in prompts for image in row["image_ids"]}
         pictures = {
-            row["image_id"]: decoded(row["bytes"]) for row in read_images(arguments.images) if row["image_id"] in shown
+            row["image_id"]: decoded(row["bytes"])
+            for row in read_image_rows(arguments.images)
+            if row["image_id"] in shown
         }
         origin = {"dataset": config.test, "track": config.track, "policy": config.policy, "seed": config.seed}
         rows = [row | origin for row in gallery_rows(prompts, scores, rollouts, pictures, ANSWERS[config.protocol])]

@@ -19,7 +19,7 @@ class Arguments(StageArguments):
     """Find or fetch the base policy and write its manifest."""
 
     cold_start: Input | None = None
-    """Weights made by the cold start, for `source: cold_start`."""
+    """Weights from the cold start, for `source: cold_start`."""
     manifest: Output
     """Manifest of the base policy."""
     config: PrepareBasePolicy

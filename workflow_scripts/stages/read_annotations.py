@@ -6,13 +6,16 @@ python -m workflow_scripts.stages.read_annotations --record results/downloads/im
 """
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
-from workflow_scripts.configuration.published import PUBLISHED, differences
-from workflow_scripts.configuration.stages import ReadAnnotations
+from workflow_scripts.configuration.data_stages import ReadAnnotations
 from workflow_scripts.files.records import checked_raw_file, raw_folder
 from workflow_scripts.preferences import hpdv2, imagereward, own_data
+from workflow_scripts.preferences.published_counts import differences
 from workflow_scripts.preferences.schema import write_preferences
 from workflow_scripts.preferences.subsampling import normalised
 from workflow_scripts.running.command_line import Input, Output, StageArguments
@@ -23,40 +26,48 @@ class Arguments(StageArguments):
     """Read the published annotations of a split into the canonical table."""
 
     record: Input
-    """dataset.json of the data set; it says where the raw files are."""
+    """dataset.json of the data set, which names the raw files."""
     output: Output
     """preferences.parquet: one row for each prompt."""
     config: ReadAnnotations
-    """Which data set and split."""
+    """Data set, split, and the counts that are published."""
 
 
 def main() -> None:
     """Run the stage."""
     arguments = Arguments.parse()
+    config = arguments.config
     with run_stage(arguments) as run:
-        dataset, split = arguments.config.dataset, arguments.config.split
         record = json.loads(arguments.record.read_text(encoding="utf-8"))
-        files, folder = record["files"], raw_folder(record, arguments.record)
-        if dataset == "imagereward":
-            name, rows = imagereward.annotation_file(split), imagereward.read_preferences(folder, split, files)
-        elif dataset == "own":
-            name = record["annotations"]
-            rows = own_data.read_preferences(folder, name, split, record["splits"])
-        else:
-            name, rows = hpdv2.annotation_file(split), hpdv2.read_preferences(folder, split)
-        checked_raw_file(name, record, arguments.record)
-        counts = write_preferences(arguments.output, rows)
-        if record["source"] == "hub":
-            part = f"{split}-{record['train_set']}" if split == "train" and record["train_set"] else split
+        counts = write_preferences(arguments.output, annotated_prompts(arguments.record, record, config))
+        if published := config.published:
             pairs = counts["given_pairs"] + counts["strict_pairs"] + counts["tied_pairs"]
             read = {"prompts": counts["prompts"], "images": counts["images"], "pairs": pairs}
-            if other := differences(dataset, part, read):
+            if other := differences(published, read):
                 run.warn(
-                    f"{dataset}, {part}: read {'; '.join(other)} ({PUBLISHED[dataset]['repository']} at "
-                    f"{PUBLISHED[dataset]['revision'][:8]}); is this another revision, or are files not whole?"
+                    f"{config.dataset}, {published.name}: read {'; '.join(other)} ({published.repository} at "
+                    f"{published.revision[:8]}); is this another revision, or are files not whole?"
                 )
         texts = pq.read_table(arguments.output, columns=["prompt"])["prompt"].to_pylist()
         run.metrics({**counts, "duplicate_texts": len(texts) - len({normalised(text) for text in texts})})
+
+
+def annotated_prompts(path: Path, record: dict[str, Any], config: ReadAnnotations) -> Iterable[dict[str, Any]]:
+    """Start the reader of the data set, which yields rows of PREFERENCES.
+
+    Raises:
+        ProvenanceError: the raw file of annotations has changed since the record was written.
+    """
+    split, folder = config.split, raw_folder(record, path)
+    if config.dataset == "imagereward":
+        name, rows = imagereward.annotation_file(split), imagereward.read_preferences(folder, split, record["files"])
+    elif config.dataset == "hpsv2":
+        name, rows = hpdv2.annotation_file(split), hpdv2.read_preferences(folder, split)
+    else:
+        name = record["annotations"]
+        rows = own_data.read_preferences(folder, name, split, record["splits"])
+    checked_raw_file(name, record, path)  # before any row is read
+    return rows
 
 
 if __name__ == "__main__":

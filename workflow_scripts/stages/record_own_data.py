@@ -1,16 +1,16 @@
-"""Record the user's own preference data: its table, every image that it names, and how prompts are put into splits.
+"""Record the user's own preference data: the table, every image that it names, and the settings of the splits.
 
 python -m workflow_scripts.stages.record_own_data --output results/own/datasets/own/dataset.json \
     --config '{"folder": "examples/own_data", "annotations": "ratings.csv", "split_seed": 0,
                "validation_fraction": 0.1, "test_fraction": 0.2}'
 
-The files stay where they are; who reads one later compares it with this record.
+The files stay in place; every later stage compares the files that it reads with this record.
 """
 
 import os
 from pathlib import Path
 
-from workflow_scripts.configuration.stages import RecordOwnData
+from workflow_scripts.configuration.data_stages import RecordOwnData
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json
@@ -23,7 +23,7 @@ class Arguments(StageArguments):
     """Record the user's own preference data."""
 
     output: Output
-    """dataset.json: folder, digests of its files, how prompts are put into splits."""
+    """dataset.json: folder, digests of its files, settings of the splits."""
     config: RecordOwnData
     """Folder, table and splits."""
 

@@ -6,8 +6,8 @@ python -m workflow_scripts.stages.synthesize_dataset --output results/downloads/
 The output is the record of the data set; the raw files stand beside it.
 """
 
+from workflow_scripts.configuration.data_stages import SynthesizeDataset
 from workflow_scripts.configuration.model import ImageRewardWorld
-from workflow_scripts.configuration.stages import SynthesizeDataset
 from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.preferences.synthetic_layouts import write_hpdv2, write_imagereward
@@ -19,9 +19,9 @@ class Arguments(StageArguments):
     """Write the synthetic world in the published raw layout of ImageRewardDB or HPDv2."""
 
     output: Output
-    """dataset.json: source, measured agreements of the annotators, and the digest of every raw file beside it."""
+    """dataset.json: source, measured agreement of the annotators, and the digest of every raw file beside it."""
     config: SynthesizeDataset
-    """Which data set, and its size and seed."""
+    """Data set, its size and its seed."""
 
 
 def main() -> None:

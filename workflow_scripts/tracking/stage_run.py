@@ -17,13 +17,14 @@ from typing import Any
 from workflow_scripts.files.digests import canonical_json
 from workflow_scripts.files.instances import instance_name
 from workflow_scripts.files.records import ProvenanceError, file_record
-from workflow_scripts.files.redaction import redact_output, redacted
+from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.running.code_digest import code_digest
 from workflow_scripts.running.command_line import StageArguments
 from workflow_scripts.running.locks import Lock
 from workflow_scripts.running.progress import lines_in_logs
 from workflow_scripts.running.provenance import git_commit, sidecar_path, stage_key, verify_chain, versions
+from workflow_scripts.running.redacted_output import redact_output
 from workflow_scripts.tracking.run import Run, log
 
 
