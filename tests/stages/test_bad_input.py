@@ -117,19 +117,19 @@ def test_bad_images_are_listed_with_their_reason(listing: dict[str, Any]) -> Non
 def test_training_and_rollouts_see_the_same_pixels(
     listing: dict[str, Any], policies: dict[str, Any], tmp_path: Path
 ) -> None:
-    sizes, read = image_reader(tmp_path / "images.parquet", tmp_path / "cache")
+    images = image_reader(tmp_path / "images.parquet", tmp_path / "cache")
     rows = {row["image_id"]: row for row in read_images([tmp_path / "images.parquet"])}
-    assert set(sizes) == set(rows) == set(READABLE)
+    assert set(images.sizes) == set(rows) == set(READABLE)
     policy = policies["imagereward"]
     chat = policy.processor.apply_chat_template(messages(policy.template, "a cat"), tokenize=False)
     for name, row in rows.items():
         assert row["bytes"] == READABLE[name]
-        trained, judged = read(name), decoded(row["bytes"])
+        trained, judged = images.read(name), decoded(row["bytes"])
         assert trained.mode == judged.mode == "RGB" and trained.tobytes() == judged.tobytes()
-        assert trained.size == judged.size == sizes[name] == (row["width"], row["height"])
+        assert trained.size == judged.size == images.sizes[name] == (row["width"], row["height"])
         assert policy.processor(text=[chat], images=[judged], return_tensors="pt")["image_grid_thw"].prod() > 0
-    assert sizes["turned.jpg"] == (40, 60) and sizes["plain.webp"] == (60, 40)
-    difference = np.abs(np.asarray(read("grey16.png")).astype(int) - np.asarray(PICTURE.convert("L"))[..., None])
+    assert images.sizes["turned.jpg"] == (40, 60) and images.sizes["plain.webp"] == (60, 40)
+    difference = np.abs(np.asarray(images.read("grey16.png")).astype(int) - np.asarray(PICTURE.convert("L"))[..., None])
     assert difference.max() == 0
 
 

@@ -524,10 +524,10 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
 def test_images_are_decoded_when_they_are_asked_for(tmp_path: Path, scenes: Any, image_rows: Any) -> None:
     _, pictures = scenes[0]
     write_images(tmp_path / "images.parquet", image_rows(pictures))
-    names, read = image_reader(tmp_path / "images.parquet", tmp_path / "cache")
-    assert names == {name: picture.size for name, picture in pictures.items()}
+    images = image_reader(tmp_path / "images.parquet", tmp_path / "cache")
+    assert images.sizes == {name: picture.size for name, picture in pictures.items()}
     for name, picture in pictures.items():
-        assert read(name).tobytes() == picture.tobytes()
+        assert images.read(name).tobytes() == picture.tobytes()
 
 
 def test_a_training_killed_after_its_last_checkpoint_does_no_step_more(

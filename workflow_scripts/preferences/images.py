@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,8 +15,14 @@ LARGEST_ASPECT_RATIO = 200  # Qwen2.5-VL's processor refuses more
 BACKGROUND = (255, 255, 255)  # behind transparent pixels: white, as on the page that annotators saw
 
 
-# Width and height in pixels of each image, and what returns one by its name, as RGB.
-Images = tuple[Mapping[str, tuple[int, int]], Callable[[str], Image.Image]]
+@dataclass(frozen=True)
+class Images:
+    """Images by name, of which only the sizes need to be in memory."""
+
+    sizes: dict[str, tuple[int, int]]
+    """Width and height of each image in pixels."""
+    read: Callable[[str], Image.Image]
+    """Decode the image of this name to RGB."""
 
 
 class UnreadableImageError(ValueError):
@@ -51,7 +58,7 @@ def decoded(data: bytes) -> Image.Image:
 
 def in_memory(images: Mapping[str, Image.Image]) -> Images:
     """Decoded images, as engines take them."""
-    return {name: image.size for name, image in images.items()}, images.__getitem__
+    return Images({name: image.size for name, image in images.items()}, images.__getitem__)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -258,7 +258,7 @@ class Judge:
             question is longer than the policy's context are not in it.
         """
         shown = in_memory({name: images[name] for item in chunk for name in item.image_ids})
-        long = too_long(self.policy, chunk, shown[0], self.sampling)
+        long = too_long(self.policy, chunk, shown.sizes, self.sampling)
         asked = [item for item in chunk if item not in long]
         if not asked:
             return {}

@@ -39,7 +39,7 @@ def generate(
     Args:
         policy: what answers.
         items: questions.
-        images: sizes of all images, and what reads one.
+        images: the images that the items name.
         rollouts: of each item.
         first_k: number of the first of them.
         sampling: temperature, budgets and what else decides about a token.
@@ -48,17 +48,16 @@ def generate(
     """
     if not items:  # a shard beyond the end of the test set, or one whose images cannot be read
         return
-    sizes, read_image = images
     tokenizer = policy.tokenizer
     chats = [messages(policy.template, item.prompt) for item in items]
     prompts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
-    pixels = [sum(math.prod(sizes[name]) for name in item.image_ids) for item in items]
+    pixels = [sum(math.prod(images.sizes[name]) for name in item.image_ids) for item in items]
     order = sorted(range(len(items)), key=lambda i: (pixels[i], lengths[i], items[i].item_id))
     for start in tqdm(range(0, len(order), batch_items), desc="batches of items", mininterval=10):
         batch = order[start : start + batch_items]
         batch_seed = stable_random(seed, start)
-        shown = cache(read_image)  # one object for all questions that show an image, which is processed once
+        shown = cache(images.read)  # one object for all questions that show an image, which is processed once
         inputs = policy.processor(
             text=[prompts[i] for i in batch],
             images=[[shown(name) for name in items[i].image_ids] for i in batch],

@@ -143,13 +143,12 @@ def generate(
     """
     if not items:  # a shard beyond the end of the test set, or one whose images cannot be read
         return
-    _, read_image = images
     chats = [messages(policy.template, item.prompt) for item in items]
     prompts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     token_ids = policy.tokenizer(prompts, add_special_tokens=False)["input_ids"]
     order = sorted(range(len(items)), key=lambda i: items[i].item_id)
     for start in tqdm(range(0, len(order), batch_items), desc="batches of items", mininterval=10):
-        shown = cache(read_image)
+        shown = cache(images.read)
         batch = []
         for i in order[start : start + batch_items]:
             question = {

@@ -13,7 +13,7 @@ import time
 
 from workflow_scripts.configuration.stages import GenerateRollouts
 from workflow_scripts.policy.manifest import PolicyError
-from workflow_scripts.preferences.images import decoded
+from workflow_scripts.preferences.images import Images, decoded
 from workflow_scripts.preferences.schema import SUBSET, read_images, read_table
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import anchor_items, pointwise_items
@@ -86,7 +86,7 @@ def main() -> None:
             generate(
                 policy,
                 items,
-                (sizes, lambda name: decoded(encoded[name])),
+                Images(sizes, lambda name: decoded(encoded[name])),
                 rollouts=config.rollouts,
                 first_k=config.block * config.rollouts,
                 sampling=config.sampling,

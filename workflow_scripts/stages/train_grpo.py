@@ -129,7 +129,7 @@ def image_reader(path: Path, cache: Path) -> Images:
     def read(name: str) -> Image.Image:
         return decoded(table[row_of[name]]["bytes"])
 
-    return dict(zip(row_of, zip(table["width"], table["height"], strict=True), strict=True)), read
+    return Images(dict(zip(row_of, zip(table["width"], table["height"], strict=True), strict=True)), read)
 
 
 def soft_pair_accuracy(rollouts: list[dict[str, Any]], rows: list[dict[str, Any]], config: TrainGrpo) -> float:
@@ -445,7 +445,7 @@ def main() -> None:
         )
         usable = {}
         for split in subsets:
-            sizes, _ = images[split]
+            sizes = images[split].sizes
             found = training_items(rows[split], set(sizes), config.model.protocol, config.seed)
             questions = [item for item, _ in found]
             long = too_long(as_policy(base, processor, config.model), questions, sizes, sampling)
@@ -457,13 +457,12 @@ def main() -> None:
             usable[split] = [(item, target) for item, target in found if item not in long]
             if not usable[split]:
                 raise SchemaError(f"{subsets[split]}: no {split} question is left; check the subset and its images")
-        _, read_image = images["train"]
         items, validation = usable["train"], usable["validation"]
         run.metrics({"training_items": len(items), "validation_items": len(validation)})
 
         def example(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
             chosen = [items[i] for i in batch["item"]]
-            shown = cache(read_image)  # one object for all rows that show an image: it can be processed once
+            shown = cache(images["train"].read)  # one object for all rows that show an image: it can be processed once
             return {
                 "prompt": [messages(config.model.template, item.prompt) for item, _ in chosen],
                 "images": [[shown(name) for name in item.image_ids] for item, _ in chosen],
