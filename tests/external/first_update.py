@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from workflow_scripts.configuration.model import Distributed, load
 from workflow_scripts.configuration.stages import TrainGrpo
-from workflow_scripts.policy.fast.shared_prompts import share_prompts
+from workflow_scripts.policy.fast.enable import share_prompts
 from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene

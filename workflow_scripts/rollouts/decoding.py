@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from workflow_scripts.configuration.model import Sampling
-from workflow_scripts.policy.fast.key_values import closed_up, roomy_cache
+from workflow_scripts.policy.fast.key_values import compaction_order, roomy_cache
 from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE, PromptStates
 
 BLOCK = 128  # tokens
@@ -151,7 +151,7 @@ def sample_completions(
         keep = [j for j, token in enumerate(tokens) if token not in end_ids]
         if not keep or length == max_tokens:
             break
-        keep = closed_up(keep)
+        keep = compaction_order(keep)
         alive = [alive[j] for j in keep]
         decoding.step(keep, [tokens[j] for j in keep])
     return completions

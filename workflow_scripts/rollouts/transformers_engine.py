@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from workflow_scripts.configuration.model import Sampling
-from workflow_scripts.policy.fast.key_values import closed_up
+from workflow_scripts.policy.fast.key_values import compaction_order
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
 from workflow_scripts.preferences.images import Images
@@ -133,7 +133,7 @@ def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed
                 keep.append(j)
         if not keep:
             break
-        keep = closed_up(keep)
+        keep = compaction_order(keep)
         alive = [alive[j] for j in keep]
         decoding.step(keep, [drawn[j] for j in keep])
 

@@ -42,9 +42,7 @@ from trl import GRPOConfig, GRPOTrainer
 from workflow_scripts.configuration.model import Sampling, Training
 from workflow_scripts.configuration.stages import TrainGrpo
 from workflow_scripts.files.writing import replacing, write_json
-from workflow_scripts.policy.fast.output_head import turn_product_of_few_rows
-from workflow_scripts.policy.fast.shared_images import process_images_once
-from workflow_scripts.policy.fast.shared_prompts import share_prompts
+from workflow_scripts.policy.fast.enable import enable_faster_passes
 from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import ANSWERS, messages
@@ -512,13 +510,9 @@ def main() -> None:
             target_modules=t.lora.target_modules,
             task_type="CAUSAL_LM",
         )
-        if t.share_prompts:
-            share_prompts(base)
-            process_images_once(processor)
         # All processes of fsdp have to pass through the model together, in TRL's loop.
         own_loop = t.generation == "transformers" and strategy != "fsdp"
-        if own_loop:
-            turn_product_of_few_rows(base)
+        enable_faster_passes(base, processor, sharing=t.share_prompts, decoding=own_loop)
         table = datasets.Dataset.from_dict({"item": list(range(len(items)))}).with_transform(example)
         curves = CurvesToRun(run)
         trainer = ValidatingTrainer(
