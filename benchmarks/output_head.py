@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from benchmarks.measuring import contest, write_rows
-from workflow_scripts.policy.fast.output_head import TurnedLinear
+from workflow_scripts.policy.fast.output_head import TransposedLinear
 
 VOCABULARY, WIDTHS, ROWS = 151_936, (512, 2048), (1, 2, 4, 8, 12, 16, 32, 64)
 
@@ -20,7 +20,7 @@ def main() -> None:
     found = []
     for width in WIDTHS:
         linear = torch.nn.Linear(width, VOCABULARY, bias=False)
-        turned = TurnedLinear(width, VOCABULARY, bias=False)
+        turned = TransposedLinear(width, VOCABULARY, bias=False)
         turned.weight = linear.weight
         for rows in ROWS:
             states = torch.randn(rows, 1, width)

@@ -13,16 +13,16 @@ from typing import Any
 
 import datasets
 import torch
-from peft import LoraConfig
 from transformers import TrainerCallback
 
 from workflow_scripts.configuration.model import Distributed, load
 from workflow_scripts.configuration.stages import TrainGrpo
-from workflow_scripts.policy.fast.shared_prompts import share_prompts
+from workflow_scripts.policy.fast.enable import share_prompts
 from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.synthetic_scenes import draw, sample_prompt, sample_scene
-from workflow_scripts.stages.train_grpo import InEffect, ValidatingTrainer, grpo_config
+from workflow_scripts.training.settings import grpo_config, lora_config
+from workflow_scripts.training.trainer import CheckWrapper, ValidatingTrainer
 
 ITEMS, GROUP = 4, 4
 SMALL = {"steps": 1, "prompts_per_step": ITEMS, "group_size": GROUP, "warmup_steps": 0, "max_grad_norm": 1e9}
@@ -80,7 +80,6 @@ def main() -> None:
         return [-abs(a - goal) - length / 100 for a, goal, length in zip(answers, target, lengths, strict=True)]
 
     table = datasets.Dataset.from_dict({"item": list(range(ITEMS))}).with_transform(example)
-    lora = config.training.lora
     settings.reward_weights = None
     trainer = ValidatingTrainer(
         model=base,
@@ -89,14 +88,12 @@ def main() -> None:
         args=settings,
         train_dataset=table,
         eval_dataset=table.select([0]),
-        peft_config=LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
-        ),
+        peft_config=lora_config(config.training.lora),
         rollout_func=chosen,
         callbacks=[gradients := Gradients()],
+        validate=lambda model: {"eval_soft_pair_accuracy": 0.0},
     )
-    trainer.validate = lambda model: {"eval_soft_pair_accuracy": 0.0}
-    trainer.add_callback(InEffect(trainer, strategy if processes > 1 else None))
+    trainer.add_callback(CheckWrapper(trainer, strategy if processes > 1 else None))
     before = adapter(base)
     trainer.train()
     found = {

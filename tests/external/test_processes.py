@@ -23,7 +23,8 @@ from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.prompts import RATINGS
 from workflow_scripts.running.locks import Lock
 from workflow_scripts.running.provenance import verify
-from workflow_scripts.stages.train_grpo import grpo_config, last_complete_checkpoint
+from workflow_scripts.training.checkpoints import last_complete_checkpoint
+from workflow_scripts.training.settings import distributed_settings, grpo_config
 
 TWO = {"distributed": {"processes": 2}}
 SMALL = {"prompts_per_step": 2, "group_size": 4, "validate_every": 2, "warmup_steps": 0}
@@ -249,7 +250,6 @@ def test_jobs_ask_for_the_gpus_that_they_use() -> None:
 
 def test_fsdp_and_deepspeed_reach_the_trainer() -> None:
     """Their settings only: both need GPUs to be run."""
-    from workflow_scripts.stages.train_grpo import distributed_settings
 
     def settings(strategy: str) -> dict[str, Any]:
         c = load({"policy": {"device": "cuda"}, "distributed": {"processes": 2, "strategy": strategy}})

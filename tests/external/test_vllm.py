@@ -124,7 +124,7 @@ def test_questions_are_the_same_tokens(pair: Pair) -> None:
         (output,) = pair.vllm.model.llm.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)
         expanded = pair.question(item)["input_ids"][0].tolist()
         assert output.prompt_token_ids == expanded != ids
-        # Which is why TRL's colocated vLLM, too, must not be given these (train_grpo.ValidatingTrainer).
+        # Which is why TRL's colocated vLLM, too, must not be given these (training.trainer.ValidatingTrainer).
         (again,) = pair.vllm.model.llm.generate(
             [request | {"prompt_token_ids": expanded}], SamplingParams(max_tokens=1), use_tqdm=False
         )

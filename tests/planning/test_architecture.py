@@ -22,7 +22,7 @@ from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.published import PUBLISHED
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.planning.architecture import Architecture, Image, PlanError
-from workflow_scripts.policy.fast.shared_prompts import share_prompts
+from workflow_scripts.policy.fast.enable import share_prompts
 
 TARGETS = Configuration().training.imagereward.lora.target_modules
 RANK = 4

@@ -132,7 +132,7 @@ def test_a_model_that_is_only_its_own_code_is_refused(folder: Path) -> None:
         model_type="something else",
         auto_map={"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model"},
     )
-    with pytest.raises(PolicyError, match=r"model cannot be loaded, and code of its own is not run .*; set policy"):
+    with pytest.raises(PolicyError, match=r"model cannot be loaded, and its own code is never run .*; set policy"):
         load_model(manifest_of(folder), PAIRWISE)
     assert not list(folder.parent.rglob("code_ran"))
 

@@ -33,7 +33,7 @@ from workflow_scripts.preferences.schema import IMAGES, SUBSET, read_table, writ
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.record import ROLLOUT
-from workflow_scripts.stages import train_grpo
+from workflow_scripts.training.rewards import REWARDS
 
 TRACKS = ["imagereward", "hpsv2"]
 LAYERS = r".*{}.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -164,7 +164,7 @@ def test_training_moves_the_adapter_of_the_language_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A random model never earns the real rewards, and without a difference in reward nothing moves.
-    monkeypatch.setitem(train_grpo.REWARDS, "format", lambda text, goal, answers: float(len(text) % 5))
+    monkeypatch.setitem(REWARDS, "format", lambda text, goal, answers: float(len(text) % 5))
     configured = configuration(family, folder)
     manifest = prepare(run_main, configured, tmp_path)
     adapter = tmp_path / "adapter" / "adapter_model.safetensors"

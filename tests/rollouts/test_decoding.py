@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from transformers.cache_utils import DynamicLayer
 
 from workflow_scripts.configuration.model import Sampling
-from workflow_scripts.policy.fast.key_values import RoomyLayer, closed_up
+from workflow_scripts.policy.fast.key_values import RoomyLayer, compaction_order
 from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.rollouts.decoding import LARGE_VOCABULARY, Decoding, draw, look_up, sample_completions, warpers_of
@@ -85,7 +85,7 @@ def test_looking_up_in_blocks_finds_what_looking_up_in_all_finds(seed: int, voca
 
 @given(st.sets(st.integers(0, 20)))
 def test_closing_up_moves_the_fewest_rows(keep: set[int]) -> None:
-    order = closed_up(sorted(keep))
+    order = compaction_order(sorted(keep))
     assert set(order) == keep and len(order) == len(keep)
     assert sum(row != place for place, row in enumerate(order)) == sum(row >= len(keep) for row in keep)
 
@@ -108,7 +108,7 @@ def test_a_layer_with_room_holds_what_the_plain_one_holds(data: st.DataObject) -
         elif action == "far":
             grow(70)
         elif action == "keep":
-            keep = closed_up(sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1))))
+            keep = compaction_order(sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1))))
             for layer in (plain, roomy):
                 layer.batch_select_indices(torch.tensor(keep))
             rows = len(keep)
@@ -145,7 +145,7 @@ def test_rows_attend_to_their_prompt_together_as_each_would_alone(policies: Any,
     rows = rollouts * len(texts)
     for _ in range(data.draw(st.integers(1, 6))):
         torch.testing.assert_close(together.logits, alone.logits, rtol=1e-4, atol=1e-4)
-        kept = closed_up(sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1))))
+        kept = compaction_order(sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1))))
         tokens = data.draw(st.lists(st.integers(3, 400), min_size=len(kept), max_size=len(kept)))
         together.step(kept, tokens)
         alone.step(kept, tokens)
@@ -165,12 +165,12 @@ def test_greedy_completions_are_those_of_generate(policies: Any, scenes: Any, tr
         for prompt, _ in asked
     ]
     ends = [policy.tokenizer.eos_token_id]
-    inputs = policy.processor(text=texts, images=[own for _, own in asked], padding=True, return_tensors="pt")
+    inputs = policy.processor(text=texts, images=[shown for _, shown in asked], padding=True, return_tensors="pt")
     found = sample_completions(policy.model, inputs, 3, Sampling(temperature=0), 48, ends)
     assert len(found) == 3 * len(asked)
     lengths = set()
-    for i, (text, (_, own)) in enumerate(zip(texts, asked, strict=True)):
-        alone = policy.processor(text=[text], images=[own], return_tensors="pt")
+    for i, (text, (_, pictures)) in enumerate(zip(texts, asked, strict=True)):
+        alone = policy.processor(text=[text], images=[pictures], return_tensors="pt")
         ids = policy.model.generate(**alone, do_sample=False, max_new_tokens=48)[0, alone["input_ids"].shape[1] :]
         assert found[3 * i : 3 * i + 3] == [ids.tolist()] * 3
         lengths.add(len(ids))

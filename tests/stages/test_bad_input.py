@@ -35,7 +35,7 @@ from workflow_scripts.preferences.schema import SUBSET, SchemaError, read_image_
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item
 from workflow_scripts.running.provenance import sidecar_path
-from workflow_scripts.stages.train_grpo import image_reader
+from workflow_scripts.training.items import image_reader
 
 SHORT = {"max_thinking_tokens": 4, "max_answer_tokens": 4}
 

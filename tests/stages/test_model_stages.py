@@ -37,16 +37,11 @@ from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS
-from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
+from workflow_scripts.preferences.schema import SUBSET, write_preferences
 from workflow_scripts.scoring.image_scores import image_scores
 from workflow_scripts.stages import train_grpo
 from workflow_scripts.stages.score_rollouts import SCORE
-from workflow_scripts.stages.train_grpo import (
-    image_reader,
-    last_complete_checkpoint,
-    soft_pair_accuracy,
-    training_items,
-)
+from workflow_scripts.training.checkpoints import last_complete_checkpoint
 
 # -------------------------------------------------------------------------------------------------------------- scores
 
@@ -431,7 +426,7 @@ def test_an_adapter_of_another_base_policy_is_refused(run_main: Any, with_sideca
     inputs = {name: tmp_path / name for name in ("base", "adapter", "subset", "images")}
     for path in inputs.values():
         path.write_text(path.name)
-        with_sidecar(path, inputs={"results/policies/base/manifest.json": "digest of another manifest"})
+        with_sidecar(path, inputs={str(tmp_path / "another" / "manifest.json"): "digest of another manifest"})
     config = GenerateRollouts.of(Configuration(), "imagereward", "grpo", "imagereward", 0, 0, 0)
     with pytest.raises(
         PolicyError, match=r"adapter was trained on another base policy than .*base \(.*; train it again"
@@ -440,94 +435,6 @@ def test_an_adapter_of_another_base_policy_is_refused(run_main: Any, with_sideca
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-
-
-@settings(deadline=None)
-@given(rng=st.integers(0, 2**32).map(random.Random), seed=st.integers(0, 5))
-def test_the_target_of_a_pair_is_1_where_the_second_image_is_preferred(rng: random.Random, seed: int) -> None:
-    images = [f"i{n}" for n in range(5)]
-    pairs = [{"a": a, "b": b, "preferred": rng.randint(0, 1)} for a, b in combinations(rng.sample(images, 5), 2)]
-    readable = set(rng.sample(images, 4))
-    preferred = {frozenset((p["a"], p["b"])): (p["b"] if p["preferred"] else p["a"]) for p in pairs}
-    items = training_items([{"prompt_id": "p", "prompt": "t", "pairs": pairs}], readable, "pairwise", seed)
-    assert {frozenset(item.image_ids) for item, _ in items} == {pair for pair in preferred if pair <= readable}
-    for item, target in items:
-        assert target == (preferred[frozenset(item.image_ids)] == item.image_ids[1])
-
-
-def test_both_targets_are_about_as_frequent_although_the_data_list_the_better_first() -> None:
-    rows = [{"prompt_id": f"p{n}", "prompt": "t", "pairs": [{"a": "x", "b": "y", "preferred": 0}]} for n in range(1000)]
-    targets = [target for _, target in training_items(rows, {"x", "y"}, "pairwise", 0)]
-    assert 420 < sum(targets) < 580
-
-
-def test_the_target_of_an_image_is_its_rating() -> None:
-    rows = [{"prompt_id": "p", "prompt": "t", "image_ids": ["a", "b", "c"], "ratings": [7, 1, 4]}]
-    items = training_items(rows, {"a", "c"}, "pointwise", 0)
-    assert [(item.image_ids, item.candidate, target) for item, target in items] == [(("a",), "a", 7), (("c",), "c", 4)]
-
-
-@settings(deadline=None, max_examples=30)
-@given(rng=st.integers(0, 2**32).map(random.Random))
-def test_validation_accuracy_is_that_of_brute_force(rng: random.Random) -> None:
-    images = [f"i{n}" for n in range(4)]
-    ranks = [rng.randint(1, 3) for _ in images]
-    pairs = [{"a": a, "b": b, "preferred": rng.randint(0, 1)} for a, b in combinations(images, 2)]
-    row = {"prompt_id": "p", "prompt": "t", "image_ids": images, "ratings": [4] * 4, "ranks": ranks, "pairs": pairs}
-    for track, answers in (("imagereward", RATINGS), ("hpsv2", PREFERENCES)):
-        config = TrainGrpo.of(Configuration(), track, 1)  # type: ignore[arg-type]
-        items = training_items([row], set(images), config.model.protocol, config.seed)
-        made = [rollout(answers, rng, item_id=item.item_id) for item, _ in items for _ in range(2)]
-        soft: dict[str, float] = defaultdict(float)
-        for r in made:
-            soft[r["item_id"]] += sum(a * math.exp(p) for a, p in zip(answers, r["answer_logprobs"], strict=True)) / 2
-        if track == "imagereward":
-            strict = [(i, j) for i in range(4) for j in range(4) if ranks[i] < ranks[j]]
-            right = [soft[f"p/{images[i]}"] > soft[f"p/{images[j]}"] for i, j in strict]
-        else:
-            right = [soft[item.item_id] > 0.5 if target else soft[item.item_id] < 0.5 for item, target in items]
-        expected = mean(right) if right else math.nan
-        assert soft_pair_accuracy(made, [row], config) == pytest.approx(expected, nan_ok=True)
-
-
-def test_every_setting_of_the_paper_reaches_trl(tmp_path: Path) -> None:
-    changed = {
-        "learning_rate": 3e-5, "beta": 0.07, "epsilon": 0.3, "loss_type": "dr_grpo", "scale_rewards": "none",
-        "importance_sampling_level": "token", "num_iterations": 2, "temperature": 0.9, "warmup_steps": 3,
-        "max_grad_norm": 0.5, "gradient_checkpointing": True,
-    }  # fmt: skip
-    sizes = {"steps": 6, "validate_every": 2, "prompts_per_step": 4, "group_size": 6, "gradient_accumulation": 3}
-    training = changed | sizes | {"rewards": {"format": 0.5, "exact": 2, "approximate": 0.25}}
-    config = TrainGrpo.of(load({"training": {"imagereward": training}}), "imagereward", 3)
-    given = train_grpo.grpo_config(config, tmp_path, resumed=False)
-    for name, value in changed.items():
-        assert getattr(given, name) == value, name
-    assert given.num_generations == 6 and given.max_steps == 6 and given.seed == given.data_seed == 3
-    assert given.per_device_train_batch_size * given.gradient_accumulation_steps == 4 * 6
-    assert given.reward_weights == [0.5, 2, 0.25]
-    assert (given.eval_steps, given.save_steps, given.eval_on_start) == (2, 2, True)
-    assert not train_grpo.grpo_config(config, tmp_path, resumed=True).eval_on_start  # its checkpoint was validated
-    assert given.metric_for_best_model == "eval_soft_pair_accuracy" and given.greater_is_better
-
-
-def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
-    assert last_complete_checkpoint(tmp_path) is None
-    for step, state in ((2, "{}"), (4, '{"global_step": 4}'), (10, '{"global_'), (12, ""), (14, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
-def test_images_are_decoded_when_they_are_asked_for(tmp_path: Path, scenes: Any, image_rows: Any) -> None:
-    _, pictures = scenes[0]
-    write_images(tmp_path / "images.parquet", image_rows(pictures))
-    images = image_reader(tmp_path / "images.parquet", tmp_path / "cache")
-    assert images.sizes == {name: picture.size for name, picture in pictures.items()}
-    for name, picture in pictures.items():
-        assert images.read(name).tobytes() == picture.tobytes()
 
 
 def test_a_training_killed_after_its_last_checkpoint_does_no_step_more(
@@ -546,7 +453,9 @@ def test_a_training_killed_after_its_last_checkpoint_does_no_step_more(
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(train_grpo, "replacing", Mock(side_effect=RuntimeError("killed")))
         train(tmp_path / "killed")
-    assert train(tmp_path / "killed")["metrics"]["resumed_from_step"] == 2
+    sidecar = train(tmp_path / "killed")
+    assert sidecar["metrics"]["resumed_from_step"] == 2
+    assert json.loads((tmp_path / "killed" / "training.json").read_text())["warnings"] == sidecar["warnings"]
     for name in ("adapter.safetensors", "adapter_config.json", "training.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 

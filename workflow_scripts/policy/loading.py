@@ -1,4 +1,4 @@
-"""Loading the policy: model, processor and adapter, from the manifest of the base policy."""
+"""Loading of model, processor and adapter by the manifest of the base policy, and checks that they can be used."""
 
 import contextlib
 import re
@@ -14,19 +14,17 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from workflow_scripts.configuration.stages import ModelConfig
-from workflow_scripts.policy.fast.output_head import turn_product_of_few_rows
-from workflow_scripts.policy.fast.shared_prompts import share_prompts
-from workflow_scripts.policy.manifest import PolicyError, base_path
-from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER, messages
+from workflow_scripts.policy.fast.enable import enable_faster_passes
+from workflow_scripts.policy.manifest import ADAPTER, PolicyError, base_path
+from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER, OPEN_THINKING, messages
 
-ANOTHER_BASE = "set policy.source and what belongs to it to a vision-language model with weights as safetensors"
-OPEN_THINKING = "<think>"
-LARGEST_EDGE = 4096  # pixels; a larger `longest_edge` is no edge but an area: processors use the name for both
+ANOTHER_BASE = "set policy.source and its keys to a vision-language model with weights as safetensors"
+LARGEST_EDGE = 4096  # pixels; processors also use `longest_edge` for an area, which is larger
 
 
 @dataclass
 class Policy:
-    """A model that can be asked: weights, processor, the question's template and the tokens of its answers."""
+    """A model that can be asked: weights, processor, template of the question, and token of each answer."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -41,11 +39,11 @@ class Policy:
 
 
 def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
-    """Processor of the base policy with the configured image size, padding on the left.
+    """Load the processor of the base policy with the configured image size and padding on the left.
 
     Raises:
-        PolicyError: the folder differs from the manifest, holds no processor of images that can be loaded, or one
-            without the configured settings.
+        PolicyError: the folder differs from the manifest, has no image processor that can be loaded, or the image
+            processor lacks a configured setting.
     """
     folder = base_path(manifest)
     with _loading(folder, ANOTHER_BASE):
@@ -60,33 +58,33 @@ def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
         )
     settings = image_settings(config)
     if config.max_pixels is not None:
-        own = dict(images.size or {})
-        if own.keys() != {"shortest_edge", "longest_edge"} or own["longest_edge"] <= LARGEST_EDGE:
+        size = dict(images.size or {})
+        if size.keys() != {"shortest_edge", "longest_edge"} or size["longest_edge"] <= LARGEST_EDGE:
             raise PolicyError(
-                f"{type(images).__name__} of {folder} does not scale images to an area (its own size is {own}); set "
-                "policy.min_pixels and policy.max_pixels to null, and what it has instead in policy.image_processor"
+                f"{type(images).__name__} of {folder} does not scale images to an area (its own size is {size}); set "
+                "policy.min_pixels and policy.max_pixels to null, and the setting it has in policy.image_processor"
             )
     with _loading(folder, "change policy.image_processor"):
         processor.image_processor = type(images).from_dict(images.to_dict() | settings)
-    own_defaults = getattr(processor, "images_kwargs", {})
-    if overridden := own_defaults.keys() & settings.keys():  # the processor's defaults win over its image processor's
-        processor.images_kwargs = own_defaults | {name: settings[name] for name in overridden}
+    defaults = getattr(processor, "images_kwargs", {})
+    if overridden := defaults.keys() & settings.keys():  # the processor's defaults win over its image processor's
+        processor.images_kwargs = defaults | {name: settings[name] for name in overridden}
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # as TRL does
     return processor
 
 
 def image_settings(config: ModelConfig) -> dict[str, Any]:
-    """What the configuration says of the processor's images, in the processor's words."""
+    """Translate the configured image size and settings to the image processor's keywords."""
     if config.max_pixels is None:
         return dict(config.image_processor)
     return config.image_processor | {"size": {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}}
 
 
 def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
-    """Base model in evaluation mode, weights from safetensors only.
+    """Load the base model in evaluation mode, with weights from safetensors only.
 
-    Of its own generation_config only the end tokens are kept: how to sample is the configuration's business.
+    Only the end tokens of its generation_config are kept, because the configuration decides how to sample.
 
     Raises:
         PolicyError: the folder differs from the manifest, or holds no model that can be loaded.
@@ -101,32 +99,32 @@ def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    published = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=published.eos_token_id, pad_token_id=published.pad_token_id)
     loaded: PreTrainedModel = model.to(config.device).eval()
     return loaded
 
 
 def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Policy:
-    """The base policy, or the one with this LoRA adapter (a folder).
+    """Load the base policy, with the LoRA adapter in a folder if one is given, and enable all faster passes.
 
-    In float32 the adapter is merged into the weights, which spares its extra products in every step; in shorter types
-    merging would round them.
+    In float32 the adapter is merged into the weights, which saves its products in every step. In shorter types merging
+    would round the weights.
 
     Raises:
         PolicyError: the base policy or the adapter cannot be loaded.
     """
     model: Any = load_model(manifest, config)
-    share_prompts(model)
-    turn_product_of_few_rows(model)
+    processor = load_processor(manifest, config)
+    enable_faster_passes(model, processor)
     if adapter is not None:
-        if not (adapter / "adapter_model.safetensors").is_file():  # PEFT would go on to a pickle, or to the Hub
-            raise PolicyError(f"{adapter} holds no adapter_model.safetensors; train the adapter again")
+        if not (adapter / ADAPTER).is_file():  # PEFT would try a pickle, or the Hub
+            raise PolicyError(f"{adapter} holds no {ADAPTER}; train the adapter again")
         with _loading(adapter, "train the adapter again"):
             model = PeftModel.from_pretrained(model, adapter).eval()
         if config.dtype == "float32":
             model = model.merge_and_unload()
-    return as_policy(model, load_processor(manifest, config), config)
+    return as_policy(model, processor, config)
 
 
 @contextlib.contextmanager
@@ -134,24 +132,25 @@ def _loading(folder: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, LookupError, SafetensorError) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())  # of a wrong shape in every layer the first few
+        told = " ".join(f"{type(error).__name__}: {error}".split())  # may list every layer; cut below
         raise PolicyError(
-            f"{folder} cannot be loaded, and code of its own is not run ({told:.400}); {remedy}"
+            f"{folder} cannot be loaded, and its own code is never run ({told:.400}); {remedy}"
         ) from error
 
 
 def as_policy(model: PreTrainedModel, processor: ProcessorMixin, config: ModelConfig) -> Policy:
-    """Put the question to a model; checks that it is shown as asked and that its answers are single logits."""
+    """Make a policy of a model, after checking that the question is shown as asked and each answer is one token."""
     check_chat_template(processor, config.template)
     answers = ANSWERS[config.protocol]
     return Policy(model, processor, config.template, answers, answer_token_ids(processor.tokenizer, answers))
 
 
 def check_chat_template(processor: Any, template: str) -> None:
-    """Check that the chat template shows texts and images in the order of the question, and leaves the thought open.
+    """Check that the chat template shows texts and images in the order of the question and does not open the thought.
 
     Raises:
-        PolicyError: it has none, moves the images (as to the front), or writes the `<think>` that is to be generated.
+        PolicyError: there is no chat template, it moves the images (for example to the front), or it writes the
+            `<think>` that the model has to generate.
     """
     prompt = "a prompt"
     remedy = "choose another base policy, or correct chat_template.jinja in a copy of its folder"
@@ -161,7 +160,7 @@ def check_chat_template(processor: Any, template: str) -> None:
         raise PolicyError(f"the base policy has no chat template that can show an image ({error}); {remedy}") from error
     place = 0
     for number, text in enumerate(template.split("{image}")):
-        text = text.replace("{prompt}", prompt).strip()  # as some templates do
+        text = text.replace("{prompt}", prompt).strip()  # some templates strip it
         start = shown.find(text, place)
         if start < 0 or (number and text and not shown[place:start].strip()):
             raise PolicyError(
@@ -173,10 +172,10 @@ def check_chat_template(processor: Any, template: str) -> None:
 
 
 def check_adapted_layers(model: PreTrainedModel, pattern: str) -> None:
-    """Check that a regular expression (training.*.lora.target_modules) picks layers of the language model alone.
+    """Check that a regular expression (training.*.lora.target_modules) matches only layers of the language model.
 
     Raises:
-        PolicyError: it matches nothing, or a layer elsewhere, as in the vision tower.
+        PolicyError: it matches nothing, or a layer elsewhere, for example in the vision tower.
     """
     names = {module: name for name, module in model.named_modules()}
     language_model = names[model.get_decoder()]
@@ -194,7 +193,7 @@ def answer_token_ids(tokenizer: Any, answers: tuple[int, ...]) -> list[int]:
     """Token of each answer.
 
     Raises:
-        PolicyError: an answer is not one token of its own after `<answer>`, so that no single logit stands for it.
+        PolicyError: an answer is not a single token after `<answer>`, so no single logit stands for it.
     """
     opening = tokenizer.encode(OPEN_ANSWER, add_special_tokens=False)
     ids = []

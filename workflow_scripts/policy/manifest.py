@@ -1,19 +1,23 @@
-"""The manifest of the base policy: which files it is made of, and that they are still those."""
+"""The manifest of the base policy: its files with their digests, and checks that files and adapters belong to it."""
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from workflow_scripts.configuration.model import Policy
 from workflow_scripts.files.digests import file_digest
 from workflow_scripts.files.paths import ROOT, from_here
 
-# Weights as safetensors only: a pickle runs code when it is loaded. And no *.py: code of a model is never run.
+ADAPTER = "adapter_model.safetensors"  # as PEFT names it
+
+# Weights as safetensors only, because loading a pickle runs code; no *.py, because a model's own code is never run.
 NEEDED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
 class PolicyError(RuntimeError):
-    """A policy cannot be used for this task: says why and what to change."""
+    """A policy cannot be used for this task: the message says why and what to change."""
 
 
 def needed_files(folder: Path) -> list[Path]:
@@ -27,7 +31,7 @@ def bundled_files(policy: Policy) -> list[str]:
 
 
 def model_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a model folder that loading may read, by name.
+    """SHA-256 of each file in a model folder that loading may read, by name.
 
     Raises:
         PolicyError: there are no weights as safetensors, or the folder holds an adapter.
@@ -45,12 +49,12 @@ def model_files(folder: Path) -> dict[str, str]:
     return {path.name: file_digest(path) for path in paths}
 
 
-@cache  # the weights of a large model are read once for this, not once for model and processor each
+@cache  # model and processor both ask; a large model's weights should be read once
 def base_path(manifest: Path) -> Path:
-    """Folder of the base model that a manifest names (relative ones are relative to the repository).
+    """Folder of the base model that a manifest names; a relative path starts at the repository.
 
     Raises:
-        PolicyError: a file in it was changed, added or removed since the manifest was written.
+        PolicyError: a file was changed, added or removed after the manifest was written.
     """
     recorded = json.loads(manifest.read_text(encoding="utf-8"))
     folder = ROOT / recorded["path"]
@@ -62,3 +66,21 @@ def base_path(manifest: Path) -> Path:
             "and run snakemake again to use the folder as it is now, with new trainings and rollouts"
         )
     return folder
+
+
+def check_trained_on(adapter: Path, trained: Mapping[str, Any], manifest: Path, base: Mapping[str, Any]) -> str:
+    """Check that an adapter was trained on a base policy; `trained` and `base` are the sidecars of the two paths.
+
+    Returns:
+        SHA-256 of the manifest.
+
+    Raises:
+        PolicyError: it was trained on another one.
+    """
+    sha256 = str(base["outputs"][manifest.name]["sha256"])
+    if sha256 not in trained["inputs"].values():
+        raise PolicyError(
+            f"{adapter} was trained on another base policy than {manifest} (SHA-256 {sha256}); train it again with "
+            "snakemake, or set `policy` to the base policy that it was trained on"
+        )
+    return sha256

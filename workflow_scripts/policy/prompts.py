@@ -1,7 +1,7 @@
-"""What the policy is asked and how its answer is read.
+"""The question put to the policy, and the parsing of its answer.
 
 A template is plain text with `{prompt}` and one `{image}` per image, in the order in which the images are shown. The
-answer is `<think>…</think><answer>N</answer>` as in DeepSeek-R1 (paper §4, formatting reward).
+answer has the form `<think>…</think><answer>N</answer>`, as in DeepSeek-R1 (paper §4, formatting reward).
 """
 
 import re
@@ -11,6 +11,7 @@ RATINGS = (1, 2, 3, 4, 5, 6, 7)
 PREFERENCES = (0, 1)  # 1: the second image shown is preferred
 ANSWERS = {"pointwise": RATINGS, "pairwise": PREFERENCES}
 
+OPEN_THINKING = "<think>"
 CLOSE_THINKING = "</think>"
 OPEN_ANSWER = "<answer>"
 
@@ -21,12 +22,12 @@ _CONTROL = re.compile(r"<(?=[|/A-Za-z])")
 
 
 def plain(text: str) -> str:
-    """Prompt text that can become neither a special token nor an answer tag: "<think>" -> "< think>"."""
+    """Break up special tokens and answer tags in a prompt text: "<think>" becomes "< think>"."""
     return _CONTROL.sub("< ", text)
 
 
 def messages(template: str, prompt: str) -> list[dict[str, Any]]:
-    """One user turn in chat format, with an image part wherever the template says `{image}`."""
+    """One user turn in chat format, with an image part for each `{image}` of the template."""
     parts: list[dict[str, Any]] = []
     for index, text in enumerate(template.split("{image}")):
         if index:
@@ -43,6 +44,6 @@ def well_formed(completion: str, answers: tuple[int, ...]) -> bool:
 
 
 def sampled_answer(completion: str, answers: tuple[int, ...]) -> int | None:
-    """What stands in the first answer tag, or None where there is no such tag or no valid answer in it."""
+    """The answer in the first answer tag; None if there is no such tag or no valid answer in it."""
     match = _ANSWER.match(completion.partition(OPEN_ANSWER)[2])
     return int(match[1]) if match and match[1] in map(str, answers) else None

@@ -57,7 +57,7 @@ def decoded(data: bytes) -> Image.Image:
 
 
 def in_memory(images: Mapping[str, Image.Image]) -> Images:
-    """Wrap decoded images for the engines."""
+    """Decoded images, as engines take them."""
     return Images({name: image.size for name, image in images.items()}, images.__getitem__)
 
 

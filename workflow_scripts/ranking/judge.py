@@ -29,8 +29,8 @@ from workflow_scripts.configuration.model import Protocol, Sampling
 from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.files.digests import digest
 from workflow_scripts.policy.loading import Policy, load_policy
-from workflow_scripts.policy.manifest import PolicyError
-from workflow_scripts.policy.prompts import CLOSE_THINKING
+from workflow_scripts.policy.manifest import ADAPTER, PolicyError, check_trained_on
+from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_THINKING
 from workflow_scripts.preferences.images import UnreadableImageError, decoded, in_memory
 from workflow_scripts.rollouts.context import too_long
 from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
@@ -40,10 +40,9 @@ from workflow_scripts.running.provenance import sidecar_path, verify
 from workflow_scripts.scoring.anchor_ranking import ANCHOR_SCORE
 from workflow_scripts.scoring.image_scores import image_scores
 from workflow_scripts.scoring.mean_at_k import subset_means
+from workflow_scripts.training.sampling import as_in_training
 
-ADAPTER = "adapter_model.safetensors"
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-OPEN_THINKING = "<think>"
 
 
 class JudgeError(RuntimeError):
@@ -156,21 +155,10 @@ class Judge:
                 "results/policies/imagereward/seed0"
             )
         trained = verify(folder / ADAPTER)
-        sha256 = verify(manifest)["outputs"][manifest.name]["sha256"]
-        if sha256 not in trained["inputs"].values():
-            raise PolicyError(
-                f"{folder} was trained on another base policy than {manifest} (SHA-256 {sha256}); run snakemake to "
-                "train it again, or restore that base policy"
-            )
+        sha256 = check_trained_on(folder, trained, manifest, verify(manifest))
         model = ModelConfig.model_validate(trained["config"]["model"] | ({"device": device} if device else {}))
         training = trained["config"]["training"]
-        sampling = Sampling(
-            temperature=training["temperature"],
-            top_p=1.0,
-            top_k=0,
-            max_thinking_tokens=training["max_completion_tokens"],
-            max_answer_tokens=4,
-        )
+        sampling = as_in_training(training["temperature"], training["max_completion_tokens"])
         with _manifest_of(manifest, base) as found:
             policy = load_policy(found, None if zero_shot else folder, model)
         weights = None if zero_shot else trained["outputs"][ADAPTER]["sha256"]

@@ -1,6 +1,6 @@
-"""Decoding from prompts with images: each prompt is prefilled once for all its rollouts, and finished rows leave.
+"""Decoding from prompts with images: each prompt is prefilled once for all its rollouts, and finished rows are dropped.
 
-Works with any model of transformers that has a key-value cache; nothing here knows what is decoded or when it ends.
+Works with any transformers model that has a key-value cache. The caller decides what is decoded and when it ends.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from workflow_scripts.configuration.model import Sampling
-from workflow_scripts.policy.fast.key_values import closed_up, roomy_cache
+from workflow_scripts.policy.fast.key_values import compaction_order, roomy_cache
 from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE, PromptStates
 
 BLOCK = 128  # tokens
@@ -23,18 +23,17 @@ LARGE_VOCABULARY = 32 * BLOCK
 
 
 class Decoding:
-    """Rows that are being decoded, in groups of `rollouts` by prompt, and the logits of the next token of each."""
+    """Rows in decoding, grouped by prompt with `rollouts` each, and the logits for the next token of each row."""
 
     logits: torch.Tensor
     """(rows, vocabulary), float32."""
 
     @torch.no_grad()
     def __init__(self, model: Any, inputs: Any, rollouts: int) -> None:
-        """Prefill `inputs`, as of a processor with padding on the left, and go on `rollouts` times from each prompt."""
+        """Prefill a processor's `inputs`, padded on the left, and start `rollouts` rows from each prompt."""
         self._model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        # The model's own positions, as in its `generate`: (rows, tokens), or one such plane for each axis of a 3D
-        # rotation.
+        # The model's own positions, as in its `generate`: (rows, tokens), or (axes, rows, tokens) for a 3D rotation.
         prefilled = inner._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
         cache = roomy_cache(inner.config)
         out = model(**inputs, position_ids=prefilled, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -50,7 +49,7 @@ class Decoding:
 
     @torch.no_grad()
     def step(self, keep: Sequence[int], tokens: Sequence[int]) -> None:
-        """Go on with these rows alone, each with its next token; they are numbered anew from 0, in the order given."""
+        """Keep only these rows, in this order, append a token to each, and compute their next logits."""
         if len(keep) < len(self.logits):
             index = torch.tensor(keep, device=self.logits.device)
             self._cache.batch_select_indices(index)
@@ -75,7 +74,7 @@ class Decoding:
 
 
 def warpers_of(sampling: Sampling) -> LogitsProcessorList:
-    """What changes the logits before a token is drawn."""
+    """Logits processors that apply temperature, top-k and top-p before a token is drawn."""
     warpers = LogitsProcessorList()
     if sampling.temperature not in (0, 1):
         warpers.append(TemperatureLogitsWarper(sampling.temperature))
@@ -89,15 +88,15 @@ def warpers_of(sampling: Sampling) -> LogitsProcessorList:
 def draw(
     logits: torch.Tensor, warpers: LogitsProcessorList, temperature: float, generator: torch.Generator | None
 ) -> list[int]:
-    """Next token of each row of (rows, vocabulary), the most likely one at temperature 0.
+    """Draw the next token of each row of (rows, vocabulary); at temperature 0, take the most likely one.
 
-    One random number for each row, looked up in the cumulated probabilities: `torch.multinomial` draws one for each
-    entry of the vocabulary, which costs as much as the language model's head. A large vocabulary is looked up in blocks
-    first, since cumulating it all costs nearly as much.
+    Inverse-CDF sampling needs one random number per row. `torch.multinomial` draws one per vocabulary entry, which
+    takes as long as the output head. The cumulative sum over a large vocabulary takes nearly as long, so there the
+    lookup is first by block and then within the block.
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    no_tokens: Any = torch.empty(len(logits), 0)  # none of the warpers reads the tokens so far
+    no_tokens: Any = torch.empty(len(logits), 0)  # no warper reads the tokens so far
     probabilities = warpers(no_tokens, logits).softmax(-1)
     random = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device, generator=generator)
     if logits.shape[-1] < LARGE_VOCABULARY:
@@ -109,16 +108,19 @@ def draw(
 
 
 def look_up(weights: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of the weight in which this share of all weights of a row is reached, and the share of the weight itself.
+    """Inverse-CDF lookup in each row: the index of the weight at a share of the total, and the position within it.
 
-    Cumulated in double precision, in which the smallest of many are not lost. A weight of 0 is never found.
+    The sums are in double precision, so that the smallest of many weights count. A weight of 0 is never found.
 
     Args:
-        weights: (rows, n), not negative, their sum positive.
-        share: (rows, 1), double, from 0 to 1.
+        weights: (rows, n), not negative, with a positive sum.
+        share: (rows, 1), float64, share of the total, from 0 to 1.
+
+    Returns:
+        Indices, (rows, 1), and positions from 0 to 1, (rows, 1), float64.
     """
     cumulated = weights.cumsum(-1, dtype=torch.double)
-    last = torch.nextafter(cumulated[:, -1:], torch.zeros_like(share))  # a share of 1 is in the last that is not 0
+    last = torch.nextafter(cumulated[:, -1:], torch.zeros_like(share))  # a share of 1 finds the last positive weight
     reached = torch.minimum(share * cumulated[:, -1:], last)
     index = torch.searchsorted(cumulated, reached, right=True)
     beyond = (cumulated.gather(1, index) - reached) / weights.gather(1, index)
@@ -134,9 +136,9 @@ def sample_completions(
     end_ids: Collection[int],
     never: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Sample `rollouts` completions of each prompt until they end, the end token included, or have `max_tokens`.
+    """Sample `rollouts` completions of each prompt, up to and including an end token, of at most `max_tokens` tokens.
 
-    Tokens in `never` are not sampled. Random numbers are those of torch's default generator.
+    Tokens in `never` are not sampled. Random numbers come from torch's default generator.
     """
     decoding = Decoding(model, inputs, rollouts)
     warpers = warpers_of(sampling)
@@ -151,7 +153,7 @@ def sample_completions(
         keep = [j for j, token in enumerate(tokens) if token not in end_ids]
         if not keep or length == max_tokens:
             break
-        keep = closed_up(keep)
+        keep = compaction_order(keep)
         alive = [alive[j] for j in keep]
         decoding.step(keep, [tokens[j] for j in keep])
     return completions

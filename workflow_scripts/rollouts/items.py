@@ -1,4 +1,4 @@
-"""What the policy is asked to judge: single images, or pairs of an anchor and a candidate (paper §3)."""
+"""Questions for the policy: single images, or pairs of an anchor and a candidate (paper §3)."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,11 +18,11 @@ class Item:
 
     @property
     def item_id(self) -> str:
-        """Unique name: the prompt and the images in the order shown."""
+        """Unique name, made of the prompt and the images in the order shown."""
         return "/".join((self.prompt_id, *self.image_ids))
 
     def columns(self) -> dict[str, Any]:
-        """What a row of `rollouts.record.ROLLOUT` says of the item."""
+        """Columns of `rollouts.record.ROLLOUT` that describe the item."""
         return {
             "item_id": self.item_id,
             "prompt_id": self.prompt_id,
@@ -33,12 +33,12 @@ class Item:
 
 
 def stable_random(*parts: object) -> int:
-    """A 64-bit number that depends on these parts alone, the same on every machine."""
+    """A 64-bit number that depends only on these parts and is the same on every machine."""
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
 def pointwise_items(rows: Iterable[dict[str, Any]], readable: set[str]) -> list[Item]:
-    """Every readable image of every prompt, to be rated by itself."""
+    """One item for each readable image of each prompt, which is rated by itself."""
     return [
         Item(row["prompt_id"], row["prompt"], (image,), image)
         for row in rows
@@ -48,17 +48,17 @@ def pointwise_items(rows: Iterable[dict[str, Any]], readable: set[str]) -> list[
 
 
 def anchor_items(rows: Iterable[dict[str, Any]], readable: set[str], seed: int, both_orders: bool) -> list[Item]:
-    """N-1 comparisons for each prompt with N readable images, all with the one anchor drawn for the prompt.
+    """N-1 comparisons for each prompt with N readable images, all with the anchor drawn for the prompt.
 
-    The anchor depends on (seed, prompt_id) and is the same for all rollouts; which image is shown first is drawn for
-    each pair, since published lists are in a fixed generator order. With `both_orders` every pair is shown both ways.
+    The anchor depends on (seed, prompt_id) and is the same for all rollouts. The image shown first is drawn for each
+    pair, because published lists are in a fixed generator order. With `both_orders` every pair is shown both ways.
     """
     items = []
     for row in rows:
         images = [image for image in row["image_ids"] if image in readable]
         if len(images) < 2:
             continue
-        # Among names in sorted order: the anchor must not depend on the published order either.
+        # Drawn from sorted names, because the anchor must not depend on the published order either.
         anchor = sorted(images)[stable_random("anchor", seed, row["prompt_id"]) % len(images)]
         for candidate in images:
             if candidate == anchor:

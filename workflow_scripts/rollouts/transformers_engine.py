@@ -1,11 +1,12 @@
-"""The transformers engine: image encoded and prompt prefilled once for all rollouts, answer logits read in the pass.
+"""The transformers engine: it encodes images and prefills prompts once for all rollouts, and reads the answer logits.
 
-What is in a batch depends on the items given alone, and the random numbers on the seed alone: a shard's result is the
+A batch depends only on the given items, and the random numbers only on the seed. The result of a shard is therefore the
 same whichever other shards ran, and on any number of cores.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from tqdm import tqdm
 
 from workflow_scripts.configuration.model import Sampling
-from workflow_scripts.policy.fast.key_values import closed_up
+from workflow_scripts.policy.fast.key_values import compaction_order
 from workflow_scripts.policy.loading import Policy
-from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
+from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import Images
 from workflow_scripts.rollouts.decoding import Decoding, draw, warpers_of
 from workflow_scripts.rollouts.items import Item, stable_random
+from workflow_scripts.rollouts.rollout import Rollout
 
 
 def generate(
@@ -34,19 +36,19 @@ def generate(
 ) -> Iterator[dict[str, Any]]:
     """Generate `rollouts` rollouts of every item, as rows of `rollouts.record.ROLLOUT`.
 
-    Items are batched by length; an image is read for the batches that show it, so that any number fits into memory.
+    Items are batched by length. A batch reads its own images, so any number of images fits into memory.
 
     Args:
-        policy: what answers.
-        items: questions.
+        policy: model, processor and question.
+        items: questions to ask.
         images: the images that the items name.
-        rollouts: of each item.
-        first_k: number of the first of them.
-        sampling: temperature, budgets and what else decides about a token.
+        rollouts: number of rollouts of each item.
+        first_k: index of the first of them.
+        sampling: temperature, token budgets and the other sampling settings.
         batch_items: items that are prefilled together.
-        seed: any text; each batch draws from a generator of its own made from it.
+        seed: any text; each batch derives its own random generator from it.
     """
-    if not items:  # a shard beyond the end of the test set, or one whose images cannot be read
+    if not items:  # a shard beyond the end of the test set, or one without a readable image
         return
     tokenizer = policy.tokenizer
     chats = [messages(policy.template, item.prompt) for item in items]
@@ -57,7 +59,7 @@ def generate(
     for start in tqdm(range(0, len(order), batch_items), desc="batches of items", mininterval=10):
         batch = order[start : start + batch_items]
         batch_seed = stable_random(seed, start)
-        shown = cache(images.read)  # one object for all questions that show an image, which is processed once
+        shown = cache(images.read)  # one object for all questions that show an image, so that it is processed once
         inputs = policy.processor(
             text=[prompts[i] for i in batch],
             images=[[shown(name) for name in items[i].image_ids] for i in batch],
@@ -65,87 +67,64 @@ def generate(
             add_special_tokens=False,  # the chat template has them
             return_tensors="pt",
         )
-        completions = _sample(policy, inputs.to(policy.model.device), rollouts, sampling, batch_seed)
-        for row, completion in enumerate(completions):
-            item = items[batch[row // rollouts]]
-            yield item.columns() | {"k": first_k + row % rollouts, "seed": batch_seed} | completion
+        sampled = [_Decoded(items[i], k, batch_seed) for i in batch for k in range(first_k, first_k + rollouts)]
+        _sample(policy, inputs.to(policy.model.device), sampled, rollouts, sampling)
+        yield from (rollout.row(tokenizer, policy.answers) for rollout in sampled)
 
 
-def _sample(policy: Policy, inputs: Any, rollouts: int, sampling: Sampling, seed: int) -> list[dict[str, Any]]:
-    """Sample `rollouts` completions of each prompt of a batch.
+@dataclass
+class _Decoded(Rollout):
+    """A rollout that is decoded token by token."""
 
-    A row thinks until it opens its answer; the logits before the first token there that is not white space are
-    recorded. A row that ends, or uses up its thinking budget, before that is made to open its answer.
+    queued: list[int] = field(default_factory=list)
+    """Tokens that the engine puts in instead of drawn ones."""
+    answering: bool = False
+    """Whether the next token that is not white space is the answer."""
+
+    def add(self, drawn: int, ended: bool, sampling: Sampling, tokenizer: Any, piece_of: Callable[[int], str]) -> bool:
+        """Add the drawn token, which may end the completion, or a queued one; return whether decoding goes on."""
+        thinking = self.answer_start is None
+        if thinking and not self.queued and (ended or len(self.ids) >= sampling.max_thinking_tokens):
+            self.queued = self.forced_tokens(tokenizer)
+        if self.queued:
+            drawn = self.queued.pop(0)
+        elif ended:
+            return False
+        self.ids.append(drawn)
+        piece = piece_of(drawn)
+        self.text += piece
+        if thinking and self.opens_answer:
+            self.answer_start, self.answering = len(self.ids), True
+        elif not thinking and piece.strip():
+            self.answering = False
+        return self.answer_start is None or len(self.ids) - self.answer_start < sampling.max_answer_tokens
+
+
+def _sample(policy: Policy, inputs: Any, batch: list[_Decoded], rollouts: int, sampling: Sampling) -> None:
+    """Complete a batch that has `rollouts` rollouts of each prompt side by side.
+
+    The recorded logits are those before the first token of the answer that is not white space.
     """
-    tokenizer = policy.tokenizer
-    device = policy.model.device
+    tokenizer, device = policy.tokenizer, policy.model.device
     ends: Any = policy.model.generation_config.eos_token_id
     end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    closing = tokenizer.encode(CLOSE_THINKING + OPEN_ANSWER, add_special_tokens=False)
-    opening = tokenizer.encode(OPEN_ANSWER, add_special_tokens=False)
     answer_ids = torch.tensor(policy.answer_token_ids, device=device)
-    generator = torch.Generator(device).manual_seed(seed % 2**63)
+    generator = torch.Generator(device).manual_seed(batch[0].seed % 2**63)
     warpers = warpers_of(sampling)
-    pieces: dict[int, str] = {}
-
+    piece_of: Callable[[int], str] = cache(lambda token: tokenizer.decode([token]))
     decoding = Decoding(policy.model, inputs, rollouts)
-    count = len(decoding.logits)
-    alive = list(range(count))
-    ids: list[list[int]] = [[] for _ in range(count)]
-    text = [""] * count
-    queued: list[list[int]] = [[] for _ in range(count)]  # tokens that the engine will put in
-    opened: list[int | None] = [None] * count  # length at which the answer was opened
-    position: list[int | None] = [None] * count  # of the recorded logits; the last one stands
-    waiting = [False] * count  # the next token that is not white space is the answer
-    forced = [False] * count
-    logprobs: list[list[float]] = [[] for _ in range(count)]
-
-    while True:
-        asked = [j for j, row in enumerate(alive) if waiting[row]]
-        if asked:
-            restricted = decoding.logits[asked][:, answer_ids].double().log_softmax(-1).tolist()
-            for j, values in zip(asked, restricted, strict=True):
-                logprobs[alive[j]], position[alive[j]] = values, len(ids[alive[j]])
+    alive = batch
+    while alive:
+        if answering := [j for j, rollout in enumerate(alive) if rollout.answering]:
+            logprobs = decoding.logits[answering][:, answer_ids].double().log_softmax(-1).tolist()
+            for j, values in zip(answering, logprobs, strict=True):
+                alive[j].answer_logprobs, alive[j].answer_position = values, len(alive[j].ids)
         drawn = draw(decoding.logits, warpers, sampling.temperature, generator)
-        keep = []
-        for j, row in enumerate(alive):
-            token = drawn[j]
-            ended = token in end_ids
-            if not queued[row] and opened[row] is None and (ended or len(ids[row]) >= sampling.max_thinking_tokens):
-                forced[row] = True
-                queued[row] = list(opening if CLOSE_THINKING in text[row] else closing)
-            if queued[row]:
-                token = queued[row].pop(0)
-            elif ended:
-                continue
-            ids[row].append(token)
-            if token not in pieces:
-                pieces[token] = tokenizer.decode([token])
-            text[row] += pieces[token]
-            if opened[row] is None:
-                if text[row].rstrip().endswith(OPEN_ANSWER):
-                    opened[row], waiting[row] = len(ids[row]), True
-            elif waiting[row] and pieces[token].strip():
-                waiting[row] = False
-            drawn[j] = token
-            budget_from = opened[row]
-            if budget_from is None or len(ids[row]) - budget_from < sampling.max_answer_tokens:
-                keep.append(j)
-        if not keep:
-            break
-        keep = closed_up(keep)
+        goes_on = [
+            rollout.add(token, token in end_ids, sampling, tokenizer, piece_of)
+            for rollout, token in zip(alive, drawn, strict=True)
+        ]
+        keep = compaction_order([j for j, going_on in enumerate(goes_on) if going_on])
         alive = [alive[j] for j in keep]
-        decoding.step(keep, [drawn[j] for j in keep])
-
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=False)
-    return [
-        {
-            "completion_ids": ids[row],
-            "text": texts[row],
-            "answer_position": position[row],
-            "forced": forced[row],
-            "sampled_answer": sampled_answer(texts[row], policy.answers),
-            "answer_logprobs": logprobs[row],
-        }
-        for row in range(count)
-    ]
+        if alive:
+            decoding.step(keep, [rollout.ids[-1] for rollout in alive])

@@ -1,9 +1,9 @@
-"""The vLLM engine: the same records as the transformers engine, from an engine that batches and caches by itself.
+"""The vLLM engine: the same rows as the transformers engine, with vLLM's own batching and caching.
 
-A rollout is two requests. The first thinks until it opens its answer; the second starts behind that, or behind the
-closing that the engine puts in, and reports the log-probabilities of the answer tokens at every step. Both find the
-question in vLLM's prefix cache. Random numbers depend on the seed, the item and k alone; vLLM runs in this process, so
-that what it puts into a batch does not depend on when requests reach it.
+A rollout takes two requests. The first thinks until the answer opens. The second continues from there, or from the tags
+that the engine puts in, and reports the log-probabilities of the answer tokens at every step. Both find the question in
+vLLM's prefix cache. Random numbers depend only on the seed, the item and k. vLLM runs in this process, so its batches
+do not depend on when requests arrive.
 """
 
 import json
@@ -22,36 +22,40 @@ from workflow_scripts.configuration.model import RolloutsVllm, Sampling
 from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.loading import Policy, as_policy, image_settings, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path
-from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, messages, sampled_answer
+from workflow_scripts.policy.prompts import OPEN_ANSWER, messages
 from workflow_scripts.preferences.images import Images
 from workflow_scripts.rollouts.items import Item, stable_random
+from workflow_scripts.rollouts.rollout import Rollout
 
-# Ranks that vLLM has room for (vllm.config.lora.MaxLoRARanks).
+# LoRA ranks that vLLM supports (vllm.config.lora.MaxLoRARanks).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+Questions = dict[Item, dict[str, Any]]  # vLLM's request for the question of each item
 
 
 @dataclass
 class VllmModel:
-    """What stands in `Policy.model` for a model that vLLM holds."""
+    """`Policy.model` for a model that vLLM holds."""
 
     llm: Any
-    config: PreTrainedConfig  # with the context that vLLM has room for
+    config: PreTrainedConfig
+    """Configuration of the model, with the context length that vLLM was given."""
     end_ids: set[int]
-    adapter: Any  # a LoRARequest, or None
+    adapter: Any
+    """LoRARequest, or None."""
 
 
 def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, settings: RolloutsVllm) -> Policy:
-    """The base policy in vLLM, or the one with this LoRA adapter (a folder).
+    """Load the base policy into vLLM, with the LoRA adapter in a folder if one is given.
 
     Raises:
-        PolicyError: the folder differs from the manifest, or vLLM is not installed or does not take the policy.
+        PolicyError: the folder differs from the manifest, vLLM is not installed, or it does not support the policy.
     """
     folder = base_path(manifest)
-    # Read by vLLM when it is imported. OMP_NUM_THREADS is the workflow's; a binding would put all jobs on one core.
+    # vLLM reads these on import. The workflow sets OMP_NUM_THREADS; binding would put all jobs on one core.
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",  # on CPU it warns twice for each request
+        "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU it warns twice per request
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gigabytes),
     }
@@ -67,7 +71,7 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else RANKS[0]
     if rank > RANKS[-1]:
         raise PolicyError(
-            f"{adapter} has rank {rank}, vLLM takes at most {RANKS[-1]}; set rollouts.engine to transformers"
+            f"{adapter} has rank {rank}, vLLM supports at most {RANKS[-1]}; set rollouts.engine to transformers"
         )
     processor = load_processor(manifest, config)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -83,9 +87,9 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         dtype=config.dtype,
         seed=0,
         max_model_len=text_config.max_position_embeddings,
-        generation_config="vllm",  # vLLM's own defaults, not the model's: every setting is given with each request
+        generation_config="vllm",  # not the model's defaults; every request gives every setting
         enable_prefix_caching=True,
-        # A question prefilled in two parts would draw one random number more (on CPU vLLM fails there).
+        # A question prefilled in two chunks would draw one more random number; on a CPU vLLM fails.
         enable_chunked_prefill=False,
         logprobs_mode="raw_logprobs",  # before temperature and other sampling settings
         limit_mm_per_prompt={"image": config.template.count("{image}"), "video": 0},
@@ -103,26 +107,12 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
 
 
 def _end_ids(folder: Path, config: PreTrainedConfig) -> set[int]:
-    """Tokens that end a completion: all that is used of the model's own generation_config."""
+    """End tokens of the model's generation_config, of which nothing else is used."""
     if (folder / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
     else:
         ends = GenerationConfig.from_model_config(config).eos_token_id
     return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
-
-
-@dataclass
-class _Rollout:
-    """A completion in the making."""
-
-    item: Item
-    question: dict[str, Any]
-    k: int
-    seed: int
-    ids: list[int]
-    text: str = ""
-    forced: bool = False
-    ended: bool = False
 
 
 def generate(
@@ -138,10 +128,10 @@ def generate(
 ) -> Iterator[dict[str, Any]]:
     """Generate `rollouts` rollouts of every item, as rows of `rollouts.record.ROLLOUT`.
 
-    The arguments are the transformers engine's, but that vLLM makes its own batches of the `batch_items` items that it
-    is given at once, which need no sizes, and that each rollout draws from generators of its own made from the seed.
+    The arguments are those of the transformers engine. vLLM makes its own batches of the `batch_items` items that it is
+    given together, and needs no image sizes. Each rollout has its own random generators, derived from `seed`.
     """
-    if not items:  # a shard beyond the end of the test set, or one whose images cannot be read
+    if not items:  # a shard beyond the end of the test set, or one without a readable image
         return
     chats = [messages(policy.template, item.prompt) for item in items]
     prompts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
@@ -149,95 +139,89 @@ def generate(
     order = sorted(range(len(items)), key=lambda i: items[i].item_id)
     for start in tqdm(range(0, len(order), batch_items), desc="batches of items", mininterval=10):
         shown = cache(images.read)
-        batch = []
-        for i in order[start : start + batch_items]:
-            question = {
+        chosen = order[start : start + batch_items]
+        questions = {
+            items[i]: {
                 "prompt_token_ids": token_ids[i],  # one token for each image, which vLLM expands
                 "multi_modal_data": {"image": [shown(name) for name in items[i].image_ids]},
             }
-            for k in range(first_k, first_k + rollouts):
-                batch.append(_Rollout(items[i], question, k, _seed(seed, items[i].item_id, k), []))
-        _think(policy, batch, sampling)
-        yield from _answer(policy, batch, sampling)
+            for i in chosen
+        }
+        batch = [
+            Rollout(items[i], k, _seed(seed, items[i].item_id, k))
+            for i in chosen
+            for k in range(first_k, first_k + rollouts)
+        ]
+        _think(policy, questions, batch, sampling)
+        _answer(policy, questions, batch, sampling)
+        yield from (rollout.row(policy.tokenizer, policy.answers) for rollout in batch)
 
 
 def _seed(*parts: object) -> int:
-    return stable_random(*parts) % 2**63  # vLLM's are signed
+    return stable_random(*parts) % 2**63  # vLLM takes signed seeds
 
 
-def _think(policy: Policy, batch: list[_Rollout], sampling: Sampling) -> None:
-    """Let every rollout think until it opens its answer; open it for those that end, or use up their budget, before.
+def _think(policy: Policy, questions: Questions, batch: list[Rollout], sampling: Sampling) -> None:
+    """Let each rollout think until it opens its answer; open the answer of those that end or use up their budget.
 
-    vLLM stops where `<answer>` first occurs in the text. Where that is inside a longer token the answer is not opened,
-    as in the transformers engine, and the rollout goes on.
+    vLLM stops where `<answer>` first occurs in the text. If that is inside a longer token, the answer is not open and
+    the rollout goes on, as in the transformers engine.
     """
     tokenizer = policy.tokenizer
-    closing = tokenizer.encode(CLOSE_THINKING + OPEN_ANSWER, add_special_tokens=False)
-    opening = tokenizer.encode(OPEN_ANSWER, add_special_tokens=False)
     model: Any = policy.model
     thinking = batch
     while thinking:
-        outputs = _complete(
-            policy,
-            thinking,
-            sampling,
-            [{"max_tokens": sampling.max_thinking_tokens - len(rollout.ids)} for rollout in thinking],
-            stop=[OPEN_ANSWER],
-        )
+        budgets = [{"max_tokens": sampling.max_thinking_tokens - len(rollout.ids)} for rollout in thinking]
+        outputs = _complete(policy, questions, thinking, sampling, budgets, stop=[OPEN_ANSWER])
+        going_on = []
         for rollout, output in zip(thinking, outputs, strict=True):
             new = list(output.token_ids)
-            rollout.ended = bool(new) and new[-1] in model.end_ids
-            rollout.ids += new[:-1] if rollout.ended else new
+            ended = bool(new) and new[-1] in model.end_ids
+            rollout.ids += new[:-1] if ended else new
             rollout.text = "".join(tokenizer.decode([token]) for token in rollout.ids)
-        thinking = [
-            rollout
-            for rollout in thinking
-            if not rollout.ended and not _opened(rollout) and len(rollout.ids) < sampling.max_thinking_tokens
-        ]
+            if rollout.opens_answer and not ended:
+                rollout.answer_start = len(rollout.ids)
+            elif not ended and len(rollout.ids) < sampling.max_thinking_tokens:
+                going_on.append(rollout)
+        thinking = going_on
     for rollout in batch:
-        if not _opened(rollout):
-            rollout.forced = True
-            rollout.ids += opening if CLOSE_THINKING in rollout.text else closing
+        if rollout.answer_start is None:
+            rollout.ids += rollout.forced_tokens(tokenizer)
+            rollout.answer_start = len(rollout.ids)
 
 
-def _opened(rollout: _Rollout) -> bool:
-    return not rollout.ended and rollout.text.rstrip().endswith(OPEN_ANSWER)
-
-
-def _answer(policy: Policy, batch: list[_Rollout], sampling: Sampling) -> Iterator[dict[str, Any]]:
-    """Sample the answers and record the log-probabilities before the first token that is not white space."""
+def _answer(policy: Policy, questions: Questions, batch: list[Rollout], sampling: Sampling) -> None:
+    """Sample the answers, and record the log-probabilities before the first token that is not white space."""
     tokenizer = policy.tokenizer
     answer_ids = policy.answer_token_ids
     model: Any = policy.model
     budgets = [{"max_tokens": sampling.max_answer_tokens} for _ in batch]
-    outputs = _complete(policy, batch, sampling, budgets, logprob_token_ids=answer_ids)
+    outputs = _complete(policy, questions, batch, sampling, budgets, logprob_token_ids=answer_ids)
     for rollout, output in zip(batch, outputs, strict=True):
-        new = [token for token in output.token_ids if token not in model.end_ids]
         blank = [not tokenizer.decode([token]).strip() for token in output.token_ids]
         at = blank.index(False) if False in blank else len(blank) - 1
         reported = torch.tensor([output.logprobs[at][token].logprob for token in answer_ids], dtype=torch.float64)
-        text = tokenizer.decode(rollout.ids + new, skip_special_tokens=False)
-        yield rollout.item.columns() | {
-            "k": rollout.k,
-            "seed": rollout.seed,
-            "completion_ids": rollout.ids + new,
-            "text": text,
-            "answer_position": len(rollout.ids) + at,
-            "forced": rollout.forced,
-            "sampled_answer": sampled_answer(text, policy.answers),
-            "answer_logprobs": reported.log_softmax(-1).tolist(),
-        }
+        rollout.answer_logprobs = reported.log_softmax(-1).tolist()
+        rollout.answer_position = len(rollout.ids) + at
+        rollout.ids += [token for token in output.token_ids if token not in model.end_ids]
 
 
 def _complete(
-    policy: Policy, batch: list[_Rollout], sampling: Sampling, options: list[dict[str, Any]], **common: Any
+    policy: Policy,
+    questions: Questions,
+    batch: list[Rollout],
+    sampling: Sampling,
+    options: list[dict[str, Any]],
+    **common: Any,
 ) -> list[Any]:
-    """Completion of each question with what its rollout has so far."""
+    """Let vLLM continue the question and the tokens so far of each rollout."""
     from vllm import SamplingParams
 
     model: Any = policy.model
+    asked = [questions[rollout.item] for rollout in batch]
     requests = [
-        rollout.question | {"prompt_token_ids": rollout.question["prompt_token_ids"] + rollout.ids} for rollout in batch
+        question | {"prompt_token_ids": question["prompt_token_ids"] + rollout.ids}
+        for question, rollout in zip(asked, batch, strict=True)
     ]
     params = [
         SamplingParams(

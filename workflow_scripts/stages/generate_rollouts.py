@@ -1,4 +1,4 @@
-"""Generate one block of rollouts for one shard of a test set: all that is ever needed of the model.
+"""Generate one block of rollouts for one shard of a test set. No later stage runs the model.
 
 python -m workflow_scripts.stages.generate_rollouts --base results/policies/base/manifest.json \
     --adapter results/policies/imagereward/seed0/adapter_model.safetensors \
@@ -12,10 +12,10 @@ Without `--adapter` the base policy answers (zero-shot).
 import time
 
 from workflow_scripts.configuration.stages import GenerateRollouts
-from workflow_scripts.policy.manifest import PolicyError
+from workflow_scripts.policy.manifest import check_trained_on
 from workflow_scripts.preferences.images import Images, decoded
 from workflow_scripts.preferences.schema import SUBSET, read_image_rows, read_table
-from workflow_scripts.rollouts.context import too_long
+from workflow_scripts.rollouts.context import within_context
 from workflow_scripts.rollouts.items import anchor_items, pointwise_items
 from workflow_scripts.rollouts.record import sample_texts, write_rollouts
 from workflow_scripts.running.command_line import Input, Output, StageArguments
@@ -45,13 +45,8 @@ def main() -> None:
     config = arguments.config
     with run_stage(arguments) as run:
         if arguments.adapter:
-            trained_on = set(run.inputs[str(arguments.adapter)]["inputs"].values())
-            base = run.inputs[str(arguments.base)]["outputs"][arguments.base.name]["sha256"]
-            if base not in trained_on:
-                raise PolicyError(
-                    f"{arguments.adapter} was trained on another base policy than {arguments.base} (SHA-256 {base}); "
-                    "train it again, or set `policy` to the one it was trained on"
-                )
+            trained, base = run.inputs[str(arguments.adapter)], run.inputs[str(arguments.base)]
+            check_trained_on(arguments.adapter, trained, arguments.base, base)
         rows = [
             row
             for row in read_table(arguments.subset, SUBSET).to_pylist()
@@ -74,13 +69,7 @@ def main() -> None:
             from workflow_scripts.rollouts.transformers_engine import generate
 
             policy = load_policy(arguments.base, adapter, config.model)
-        long = too_long(policy, items, sizes, config.sampling)
-        if long:
-            run.warn(
-                f"{len(long)} of {len(items)} questions are longer than the policy's context and are left out, "
-                f"such as {min(item.prompt_id for item in long)}"
-            )
-            items = [item for item in items if item not in long]
+        items = within_context(policy, items, sizes, config.sampling, run.warn)
         started = time.perf_counter()
         rollouts = list(
             generate(

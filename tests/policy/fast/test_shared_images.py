@@ -10,7 +10,8 @@ from transformers import AutoProcessor
 
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.stages import ModelConfig
-from workflow_scripts.policy.fast.shared_images import ImagesOnce, process_images_once
+from workflow_scripts.policy.fast.enable import process_images_once
+from workflow_scripts.policy.fast.shared_images import ImagesOnce
 from workflow_scripts.policy.loading import load_processor
 
 

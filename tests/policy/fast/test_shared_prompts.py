@@ -13,7 +13,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.stages import ModelConfig
-from workflow_scripts.policy.fast.shared_prompts import SharedPrompts, first_equal, share_prompts, shared_prefix
+from workflow_scripts.policy.fast.enable import share_prompts
+from workflow_scripts.policy.fast.shared_prompts import SharedPrompts, first_equal, shared_prefix
 from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.prompts import messages
 

@@ -1,1 +1,1 @@
-"""Faster passes through the model with the same results."""
+"""Faster passes through the policy: equal prompts and images computed once, decoding with less copying."""

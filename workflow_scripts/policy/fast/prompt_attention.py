@@ -1,6 +1,6 @@
-"""Attention of rollouts to the prompt that they share: its keys and values are read once for all rollouts of a prompt.
+"""Attention of rollouts to the prompt that they share: its keys and values are read once for all of its rollouts.
 
-Registered with transformers' AttentionInterface; in all other passes it is the model's scaled dot product attention.
+Registered with AttentionInterface of transformers. Passes without `prompts` use scaled dot-product attention (SDPA).
 """
 
 from collections.abc import Sequence
@@ -11,64 +11,65 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from workflow_scripts.policy.fast.key_values import closed_up, moved_up
+from workflow_scripts.policy.fast.key_values import compact_rows, compaction_order
 
 PROMPT_ONCE = "prompt_once"
 
 
 class PromptStates:
-    """Keys and values of the prompts that are being decoded from, and which prompt each row goes on from."""
+    """Keys and values of the prompts in a decoding batch, and the prompt that each row continues."""
 
     mask: torch.Tensor
-    """(prompts, 1, 1, tokens), 0 for a token of the prompt and the least number for padding."""
+    """(prompts, 1, 1, tokens), added to the scores: 0 for a token and the smallest number for padding."""
 
     def __init__(self, cache: Any, mask: torch.Tensor, rollouts: int) -> None:
-        """The states of prefilled prompts, whose attention mask is (prompts, tokens), each for `rollouts` rows."""
+        """Take prefilled prompts from `cache`, with `mask` (prompts, tokens); `rollouts` rows continue each of them."""
         self._layers = [(layer.keys, layer.values) for layer in cache.layers]
         least = torch.finfo(self._layers[0][0].dtype).min
         self.mask = torch.where(mask.bool(), 0.0, least).to(self._layers[0][0].dtype)[:, None, None]
         self._prompt_of = [prompt for prompt in range(len(mask)) for _ in range(rollouts)]
-        self._place()
+        self._assign_slots()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order; prompts without a row leave."""
+        """Keep these rows, in this order, and drop prompts without a row."""
         self._prompt_of = [self._prompt_of[row] for row in rows]
-        prompts = closed_up(sorted(set(self._prompt_of)))
+        prompts = compaction_order(sorted(set(self._prompt_of)))
         if len(prompts) < len(self.mask):
             index = torch.tensor(prompts, device=self.mask.device)
             tokens = self.mask.shape[-1]
             self._layers = [
-                (moved_up(keys, index, tokens), moved_up(values, index, tokens)) for keys, values in self._layers
+                (compact_rows(keys, index, tokens), compact_rows(values, index, tokens))
+                for keys, values in self._layers
             ]
             self.mask = self.mask[index]
-            number = {prompt: place for place, prompt in enumerate(prompts)}
+            number = {prompt: new for new, prompt in enumerate(prompts)}
             self._prompt_of = [number[prompt] for prompt in self._prompt_of]
-        self._place()
+        self._assign_slots()
 
-    def _place(self) -> None:
-        """Give each row a place among those of its prompt, as many for each."""
+    def _assign_slots(self) -> None:
+        """Assign each row a slot within its prompt; all prompts have equally many slots."""
         taken = [0] * len(self.mask)
         order = []
         for prompt in self._prompt_of:
             order.append(taken[prompt])
             taken[prompt] += 1
-        self._places = max(taken)
-        self._place_of = torch.tensor(
-            [prompt * self._places + place for prompt, place in zip(self._prompt_of, order, strict=True)],
+        self._slots = max(taken)
+        self._slot_of = torch.tensor(
+            [prompt * self._slots + slot for prompt, slot in zip(self._prompt_of, order, strict=True)],
             device=self.mask.device,
         )
 
     def attend(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Attention to the prompt and to the row's own tokens.
+        """Attend to the prompt and to the row's own tokens.
 
         Args:
-            layer: number of the layer.
-            query: (rows, key heads, heads of a key head, width), scaled.
-            keys: of the row's own tokens, (rows, key heads, tokens, width).
-            values: likewise.
+            layer: index of the layer.
+            query: (rows, key heads, query heads per key head, width), scaled.
+            keys: keys of the row's own tokens, (rows, key heads, tokens, width).
+            values: values of the row's own tokens, same shape.
 
         Returns:
-            A tensor of the shape of `query`.
+            Attention output in the shape of `query`.
         """
         prompt_keys, prompt_values = self._layers[layer]
         to_prompt = self._by_row(self._by_prompt(query) @ prompt_keys.transpose(-1, -2) + self.mask, query.shape[2])
@@ -79,15 +80,15 @@ class PromptStates:
         return of_prompt + weights[..., tokens:] @ values
 
     def _by_prompt(self, states: torch.Tensor) -> torch.Tensor:
-        """(rows, key heads, heads, n) as (prompts, key heads, places times heads, n); places without a row are 0."""
+        """Group (rows, key heads, heads, n) as (prompts, key heads, slots times heads, n); empty slots are 0."""
         prompts, (_, key_heads, heads, n) = len(self.mask), states.shape
-        placed = states.new_zeros(prompts * self._places, key_heads, heads, n)
-        placed[self._place_of] = states
-        return placed.view(prompts, self._places, key_heads, heads, n).transpose(1, 2).flatten(2, 3)
+        grouped = states.new_zeros(prompts * self._slots, key_heads, heads, n)
+        grouped[self._slot_of] = states
+        return grouped.view(prompts, self._slots, key_heads, heads, n).transpose(1, 2).flatten(2, 3)
 
     def _by_row(self, states: torch.Tensor, heads: int) -> torch.Tensor:
-        """The inverse."""
-        return states.unflatten(2, (self._places, heads)).transpose(1, 2).flatten(0, 1)[self._place_of]
+        """Undo `_by_prompt`."""
+        return states.unflatten(2, (self._slots, heads)).transpose(1, 2).flatten(0, 1)[self._slot_of]
 
 
 def attention(
@@ -100,7 +101,7 @@ def attention(
     prompts: PromptStates | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: `query` is (rows, heads, 1, width) with prompts, as of one new token."""
+    """Attention function of transformers; with `prompts`, `query` is (rows, heads, 1, width): one new token a row."""
     if prompts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     rows, _, _, width = query.shape

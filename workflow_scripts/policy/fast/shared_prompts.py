@@ -1,10 +1,10 @@
-"""Passes through the model that compute equal things once: an image for all rows that show it, a prompt for its group.
+"""Forward passes that compute equal inputs once: an image for all rows that show it, a prompt for its whole group.
 
-A batch of GRPO repeats every prompt `group_size` times, and the prompt is the longer part of most rows. Under causal
-attention equal prefixes of rows have equal states: they are computed once, and the rest of each row attends to them.
-In a batch of pairs the anchor's image is in several rows, and each step of GRPO passes over its images several times: a
-frozen vision tower's features are kept for the next pass. The head scores completions alone, not their prompts. Values
-and gradients are those of the plain pass, up to the order of sums.
+A GRPO batch repeats every prompt `group_size` times, and the prompt is the longer part of most rows. Under causal
+attention, equal prefixes have equal states: the pass computes them once, and the rest of each row attends to them.
+A step passes over its images several times, and pairs of one prompt show the same anchor, so the features of a frozen
+vision tower are kept for the next pass. The head scores completions only, not prompts. Values and gradients are those
+of the plain pass, up to the order of sums.
 """
 
 import contextlib
@@ -16,31 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLModel, Qwen2VLModel
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE
-
-
-def share_prompts(model: PreTrainedModel) -> None:
-    """Let a Qwen2-VL or Qwen2.5-VL share prompts; other families, whose images come in other ways, stay as they are."""
-    backbone: Any = model.base_model
-    if isinstance(backbone, Qwen2VLModel | Qwen2_5_VLModel):
-        backbone.__class__ = type(type(backbone).__name__, (SharedPrompts, type(backbone)), {})
-        if backbone.language_model.config._attn_implementation == "sdpa":
-            backbone.language_model.set_attn_implementation(PROMPT_ONCE)
-        patches = backbone.visual.patch_embed
-        patches.__class__ = type(type(patches).__name__, (PatchesByMatrix, type(patches)), {})
-        model.register_forward_pre_hook(from_first_label, with_kwargs=True)
 
 
 def from_first_label(
     model: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Hook before a pass: TRL's head is handed the positions from the first on that has a label in any row.
+    """Forward pre-hook that hands TRL's head only the positions from the first label of any row onwards.
 
-    Without Triton it scores every position, the prompts' too, which have no labels: most of a pass, where the
-    vocabulary is large.
+    Without Triton the head scores every position, prompts included, which takes most of a pass over a large
+    vocabulary.
     """
     labels = options.get("labels")
     if labels is None or not options.get("fused_lm_head"):
@@ -53,13 +39,13 @@ def from_first_label(
 
 
 class PatchesByMatrix:
-    """Mixin for the vision tower's first layer: a convolution whose kernel is a whole patch is one product of matrices.
+    """Mixin for the vision tower's first layer: a convolution with a kernel as large as a patch is one matrix product.
 
-    PyTorch's convolution in three dimensions is several times slower at it.
+    PyTorch's 3D convolution takes several times as long.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """States of patches, (patches, values of a patch) to (patches, width)."""
+        """Embed patches: (patches, values of a patch) to (patches, width)."""
         layer: Any = self
         if type(layer.proj) is not torch.nn.Conv3d:  # adapted
             return super().forward(hidden_states)  # type: ignore[misc]
@@ -71,13 +57,13 @@ class SharedPrompts:
     """Mixin for the part of a vision-language model below its head, such as `Qwen2_5_VLModel`."""
 
     _kept: tuple[Any, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
-    """What the tower was, patches, grids and features: of the last images that it encoded while frozen."""
+    """State of the tower, patches, grids and features of the images that it encoded last while frozen."""
 
     def forward(self, *inputs: Any, predicting_from: int | None = None, **options: Any) -> Any:
-        """The model's own pass, with what is equal computed once.
+        """Run the model's own pass with equal inputs computed once.
 
-        With `predicting_from` its last hidden state, (rows, tokens, width), has only the positions that predict the
-        tokens from that one on.
+        With `predicting_from`, the last hidden state, (rows, tokens, width), keeps only the positions that predict the
+        tokens from that index on.
         """
         out = self._pass(*inputs, **options)
         if predicting_from is not None:
@@ -93,10 +79,10 @@ class SharedPrompts:
         mm_token_type_ids: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """The model's own pass, each image encoded once; over whole rows, without a cache, equal prefixes are shared.
+        """Encode each image once, and share equal prefixes where the pass covers whole rows without a cache.
 
-        `input_ids`, `attention_mask` and `mm_token_type_ids` are (rows, tokens), `image_grid_thw` is (images, 3), as
-        many for each row; `pixel_values` has the patches of all images one after the other.
+        `input_ids`, `attention_mask` and `mm_token_type_ids` are (rows, tokens). `image_grid_thw` is (images, 3), with
+        equally many images for each row. `pixel_values` concatenates the patches of all images.
         """
         model: Any = self
         plain: Any = super().forward  # type: ignore[misc]
@@ -118,9 +104,9 @@ class SharedPrompts:
         images_of = np.asarray(same).reshape(len(input_ids), -1)
         last_image = int(mm_token_type_ids.any(0).nonzero().max())
         shared, first, group = shared_prefix(input_ids, attention_mask, images_of, last_image + 1)
-        checkpointing = model.training and model.is_activation_checkpointing  # which has no use of a cache
-        in_one = checkpointing or options.get("use_cache") is not False or options.get("position_ids") is not None
-        if in_one or len(first) == len(input_ids):
+        checkpointing = model.training and model.is_activation_checkpointing  # works without a cache only
+        unshared = checkpointing or options.get("use_cache") is not False or options.get("position_ids") is not None
+        if unshared or len(first) == len(input_ids):
             with _showing([feature_of[i] for i in same]):
                 return plain(**rows, pixel_values=pixel_values, image_grid_thw=image_grid_thw, **options)
 
@@ -131,7 +117,7 @@ class SharedPrompts:
         cache = DynamicCache(config=model.config)
         options |= {"past_key_values": cache, "use_cache": True}
         with _showing([feature_of[same[i]] for i in shown]):
-            # The patches are no longer looked at.
+            # The features above stand in for the patches.
             prompts = plain(
                 **prefixes,
                 **options | {"position_ids": positions},
@@ -150,20 +136,20 @@ class SharedPrompts:
         return rest
 
     def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: Any = None, **options: Any) -> Any:
-        """The model's own, of (patches, values) and (images, 3); within `forward` of what was encoded there."""
+        """Features of images given as (patches, values) and (images, 3); within `forward`, those encoded there."""
         features = SHOWN.get()
         if features is None:
             return super().get_image_features(pixel_values, image_grid_thw, **options)  # type: ignore[misc]
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
     def _encoded(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Features of each image, (merged patches, width); those kept, if all of the images are among the last.
+        """Features of each image, (merged patches, width); kept ones if the last pass had all of these images.
 
-        `pixel_values` is (patches, values), `image_grid_thw` (images, 3).
+        `pixel_values` is (patches, values), `image_grid_thw` is (images, 3).
         """
         model: Any = self
         tower = frozen(model.visual, pixel_values)
-        kept = self._kept  # once: another thread may replace it
+        kept = self._kept  # read once, because another thread may replace it
         if tower is not None and kept is not None and kept[0] == tower:
             _, patches, grids, features = kept
             pictures = [
@@ -174,16 +160,16 @@ class SharedPrompts:
             found = first_equal(pictures, [*grids.tolist(), *image_grid_thw.tolist()])[len(grids) :]
             if max(found) < len(grids):
                 return tuple(features[i] for i in found)
-        self._kept = None  # first of all: two passes' images are never in memory together
+        self._kept = None  # freed before encoding, so that the features of two passes are never in memory together
         plain: Any = super().get_image_features  # type: ignore[misc]
         encoded = plain(pixel_values, image_grid_thw, return_dict=True).pooler_output
         if tower is not None:
-            # Where gradient checkpointing makes the tower's inputs require gradients, none of them is used.
+            # Gradient checkpointing makes the tower's inputs require gradients; nothing uses those gradients.
             self._kept = tower, pixel_values, image_grid_thw, tuple(feature.detach() for feature in encoded)
         return tuple(encoded)
 
 
-# Features of the images of a pass, where the model asks for them; of this thread alone.
+# Features that `get_image_features` returns during a pass of this thread.
 SHOWN: ContextVar[tuple[torch.Tensor, ...] | None] = ContextVar("SHOWN", default=None)
 
 
@@ -197,11 +183,11 @@ def _showing(features: list[torch.Tensor]) -> Iterator[None]:
 
 
 def frozen(tower: torch.nn.Module, pixel_values: torch.Tensor) -> tuple[Any, ...] | None:
-    """What features of a frozen vision tower depend on beside the images; None of a tower that may not stay as it is.
+    """State that features of a frozen vision tower depend on besides the images; None if the tower may change.
 
-    An adapter in it changes its features without a trace in its weights, and of shards (FSDP) all processes have to
-    pass through it together, also those that have met their images before. Weights are told by where they are and by
-    PyTorch's count of the writes to them.
+    An adapter in the tower changes the features without changing the weights. With FSDP all processes have to pass
+    through the tower together, including those whose images are known. A weight is identified by its address and by
+    PyTorch's count of writes to it.
     """
     weights = list(tower.parameters())
     if (
@@ -218,7 +204,7 @@ def frozen(tower: torch.nn.Module, pixel_values: torch.Tensor) -> tuple[Any, ...
 
 
 def first_equal(pictures: Sequence[torch.Tensor], grids: list[list[int]]) -> list[int]:
-    """Index of the first of the images, (patches, values) each, that equals this one in pixels and in its grid."""
+    """For each image, (patches, values), the index of the first image with equal pixels and an equal grid."""
     sums = torch.stack([picture.sum(dtype=torch.float32) for picture in pictures]).tolist()
     seen: dict[tuple[float, tuple[int, ...]], list[int]] = {}
     found = []
@@ -234,17 +220,17 @@ def first_equal(pictures: Sequence[torch.Tensor], grids: list[list[int]]) -> lis
 def shared_prefix(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, images_of: NDArray[np.intp], at_least: int
 ) -> tuple[int, list[int], NDArray[np.intp]]:
-    """Length of prefix whose sharing spares most, the first row of each group that shares one, and each row's group.
+    """Prefix length that minimises computed tokens, the first row of each group with equal prefixes, each row's group.
 
-    Rows, (rows, tokens), share a prefix if its tokens, its mask and all their images, (rows, images of a row), are
-    equal. With a prefix of n tokens, g groups and r rows of t tokens, g n + r (t - n) tokens are computed instead of
-    r t. It has `at_least` so many tokens, and at least the last token is each row's own.
+    Rows, (rows, tokens), share a prefix if its tokens, its mask and all images, (rows, images per row), are equal.
+    With g groups, a prefix of n tokens and r rows of t tokens, a pass computes g n + r (t - n) tokens instead of r t.
+    The prefix has at least `at_least` tokens, and at most all but the last.
     """
     tokens = (2 * input_ids + attention_mask).cpu().numpy()
     order = np.lexsort(np.concatenate([tokens.T[::-1], images_of.T[::-1]]))
     tokens, images = tokens[order], images_of[order]
     differ = np.concatenate([tokens[1:] != tokens[:-1], np.ones((len(tokens) - 1, 1), dtype=bool)], 1)
-    common = np.where((images[1:] == images[:-1]).all(1), differ.argmax(1), 0)  # tokens, of a row and the one before
+    common = np.where((images[1:] == images[:-1]).all(1), differ.argmax(1), 0)  # equal tokens of neighbours
     lengths = np.arange(min(at_least, tokens.shape[1] - 1), tokens.shape[1])
     groups = 1 + (common[:, None] < lengths).sum(0)
     shared = int(lengths[(groups * lengths + len(tokens) * (tokens.shape[1] - lengths)).argmin()])

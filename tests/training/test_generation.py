@@ -19,7 +19,9 @@ from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.stages.train_grpo import ValidatingTrainer, check_generation, grpo_config, merged, served_folder
+from workflow_scripts.training.generation import adapter_merged, check_generation, served_folder
+from workflow_scripts.training.settings import grpo_config
+from workflow_scripts.training.trainer import ValidatingTrainer
 
 # What vLLM is told, all of it other than the default.
 TRAINING_VLLM = {"gpu_memory_utilization": 0.4, "max_model_len": 512, "server_url": "http://127.0.0.1:9"}
@@ -125,7 +127,7 @@ def test_an_adapter_is_merged_for_the_time_being_where_that_rounds_nothing(base_
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         beside = model(input_ids=ids).logits
-        with pytest.raises(KeyError), merged(model, dtype):  # whatever happens within
+        with pytest.raises(KeyError), adapter_merged(model, dtype):  # whatever happens within
             assert {layer.merged for layer in layers} == {dtype == "float32"}
             torch.testing.assert_close(model(input_ids=ids).logits, beside, rtol=0, atol=1e-4)
             raise KeyError

@@ -1,0 +1,46 @@
+"""Items of training and validation, their targets and their images."""
+
+import random
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workflow_scripts.preferences.schema import write_images
+from workflow_scripts.training.items import image_reader, training_items
+
+
+@settings(deadline=None)
+@given(rng=st.integers(0, 2**32).map(random.Random), seed=st.integers(0, 5))
+def test_the_target_of_a_pair_is_1_where_the_second_image_is_preferred(rng: random.Random, seed: int) -> None:
+    images = [f"i{n}" for n in range(5)]
+    pairs = [{"a": a, "b": b, "preferred": rng.randint(0, 1)} for a, b in combinations(rng.sample(images, 5), 2)]
+    readable = set(rng.sample(images, 4))
+    preferred = {frozenset((p["a"], p["b"])): (p["b"] if p["preferred"] else p["a"]) for p in pairs}
+    items = training_items([{"prompt_id": "p", "prompt": "t", "pairs": pairs}], readable, "pairwise", seed)
+    assert {frozenset(item.image_ids) for item, _ in items} == {pair for pair in preferred if pair <= readable}
+    for item, target in items:
+        assert target == (preferred[frozenset(item.image_ids)] == item.image_ids[1])
+
+
+def test_both_targets_are_about_as_frequent_although_the_data_list_the_better_first() -> None:
+    rows = [{"prompt_id": f"p{n}", "prompt": "t", "pairs": [{"a": "x", "b": "y", "preferred": 0}]} for n in range(1000)]
+    targets = [target for _, target in training_items(rows, {"x", "y"}, "pairwise", 0)]
+    assert 420 < sum(targets) < 580
+
+
+def test_the_target_of_an_image_is_its_rating() -> None:
+    rows = [{"prompt_id": "p", "prompt": "t", "image_ids": ["a", "b", "c"], "ratings": [7, 1, 4]}]
+    items = training_items(rows, {"a", "c"}, "pointwise", 0)
+    assert [(item.image_ids, item.candidate, target) for item, target in items] == [(("a",), "a", 7), (("c",), "c", 4)]
+
+
+def test_images_are_decoded_when_they_are_asked_for(tmp_path: Path, scenes: Any, image_rows: Any) -> None:
+    _, pictures = scenes[0]
+    write_images(tmp_path / "images.parquet", image_rows(pictures))
+    images = image_reader(tmp_path / "images.parquet", tmp_path / "cache")
+    assert images.sizes == {name: picture.size for name, picture in pictures.items()}
+    for name, picture in pictures.items():
+        assert images.read(name).tobytes() == picture.tobytes()

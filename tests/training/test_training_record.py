@@ -1,0 +1,43 @@
+"""The record of a training, and its warnings."""
+
+from typing import Any
+
+import pytest
+
+from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.stages import TrainGrpo
+from workflow_scripts.training.record import training_record
+
+CONFIG = TrainGrpo.of(Configuration(), "hpsv2", 3)
+
+
+def history(best: float, largest_share: float) -> list[dict[str, Any]]:
+    """Log of a trainer that validates before and after one step."""
+    accuracy, share = "eval_soft_pair_accuracy", "eval_largest_answer_share"
+    return [
+        {"step": 0, accuracy: 0.5, share: 0.6},
+        {"step": 1, "reward": 1.0, "step_time": 2.0},
+        {"step": 1, accuracy: best, share: largest_share},
+        {"step": 1, "train_loss": 0.1, "train_runtime": 9.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("best", "share", "expected"),
+    [
+        (0.6, 0.9, []),
+        (0.5, 0.9, ["no adapter validates better than the base policy (0.500 against 0.500)"]),
+        (0.6, 0.95, ["the policy has collapsed, one answer makes up 95% of its validation rollouts"]),
+    ],
+)
+def test_a_training_that_failed_says_so(best: float, share: float, expected: list[str]) -> None:
+    warnings: list[str] = []
+    record = training_record(CONFIG, history(best, share), 1, warnings.append)
+    assert warnings == [f"hpsv2, seed 3: {text}" for text in expected]
+    assert record["collapsed"] == (share > 0.9)
+    assert (record["best_soft_pair_accuracy"], record["untrained_soft_pair_accuracy"]) == (best, 0.5)
+
+
+def test_the_record_has_no_times() -> None:
+    record = training_record(CONFIG, history(0.6, 0.5), 1, list[str]().append)
+    assert record["history"][1] == {"step": 1, "reward": 1.0} and len(record["history"]) == 3

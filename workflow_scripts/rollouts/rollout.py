@@ -1,0 +1,55 @@
+"""A rollout in the making, the same for both engines, and the row that records it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, sampled_answer
+from workflow_scripts.rollouts.items import Item
+
+
+@dataclass
+class Rollout:
+    """One completion of an item. It thinks until `<answer>` opens the answer; the engine opens it if it has to."""
+
+    item: Item
+    k: int
+    """Index among the rollouts of the item."""
+    seed: int
+    """Seed of the random generator that draws the tokens."""
+    ids: list[int] = field(default_factory=list)
+    """Tokens so far."""
+    text: str = ""
+    """The tokens, decoded one by one."""
+    answer_start: int | None = None
+    """Number of tokens up to and including `<answer>`; None while the rollout thinks."""
+    forced: bool = False
+    """Whether the engine closed the thinking."""
+    answer_position: int | None = None
+    """Index of the token whose logits are recorded."""
+    answer_logprobs: list[float] = field(default_factory=list)
+    """Log-probability of each answer there, renormalised over the answers."""
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the text ends with `<answer>`, white space aside."""
+        return self.text.rstrip().endswith(OPEN_ANSWER)
+
+    def forced_tokens(self, tokenizer: Any) -> list[int]:
+        """Mark the rollout as forced; return the tokens that open its answer."""
+        self.forced = True
+        tags = OPEN_ANSWER if CLOSE_THINKING in self.text else CLOSE_THINKING + OPEN_ANSWER
+        return list(tokenizer.encode(tags, add_special_tokens=False))
+
+    def row(self, tokenizer: Any, answers: tuple[int, ...]) -> dict[str, Any]:
+        """Row of `rollouts.record.ROLLOUT`."""
+        text = tokenizer.decode(self.ids, skip_special_tokens=False)
+        return self.item.columns() | {
+            "k": self.k,
+            "seed": self.seed,
+            "completion_ids": self.ids,
+            "text": text,
+            "answer_position": self.answer_position,
+            "forced": self.forced,
+            "sampled_answer": sampled_answer(text, answers),
+            "answer_logprobs": self.answer_logprobs,
+        }
