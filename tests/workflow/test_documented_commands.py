@@ -33,17 +33,17 @@ RUN_BY = {
     "snakemake --cores all --configfile configs/three_seeds.yaml": "workflow/test_extending.py",
     "snakemake --cores all --configfile configs/own.yaml": "workflow/test_own_data_workflow.py",
     "snakemake --cores 1 results/policies/cold_start/model.safetensors": "policy/test_cold_start.py",
-    "snakemake --cores all --config 'ranking=": "ranking/test_rank_images.py",
-    "python -m workflow_scripts rank": "ranking/test_rank_images.py",
+    "snakemake --cores all --config 'ranking=": "commands/test_rank.py",
+    "python -m workflow_scripts rank": "commands/test_rank.py",
     "python -m workflow_scripts register": "ranking/test_served_policy.py",
     "python -m examples.judge_as_reward": "ranking/test_judge.py",
-    "python -m workflow_scripts summary": "test_summary.py",
+    "python -m workflow_scripts summary": "commands/test_summary.py",
     "MLFLOW_TRACKING_URI=sqlite:///mlflow.db mlflow models serve": "ranking/test_served_policy.py",
     "curl": "ranking/test_served_policy.py",
-    "make hub-demo": "engines/test_hub_workflow.py",
+    "make hub-demo": "external/test_hub_workflow.py",
     "ln -s": "workflow/test_moving.py",
     "python - /old/place": "workflow/test_moving.py",
-    "python -m workflow_scripts log-runs": "test_log_runs.py",
+    "python -m workflow_scripts log-runs": "commands/test_log_runs.py",
 }
 
 
@@ -181,7 +181,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
 
 
 def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "tutorial.html").is_file()
