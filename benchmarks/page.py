@@ -36,12 +36,8 @@ HEADLINES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "rollouts": speedups("transformers", ["policy", "track", "threads"], "k"),
     "rollouts_vllm": speedups("vllm", ["policy", "track"], "k"),
     "grpo_step": speedups("both", ["policy", "track"], "threads"),
-    "startup": lambda rows: rows[~rows.what.str.startswith("start of")].drop(columns="torch"),
     "data": lambda rows: rows[rows.what.str.contains("^both|^tables,")][
         ["what", "cpu_seconds", "peak_megabytes", "goal", "reached"]
-    ],
-    "growth": lambda rows: rows[rows.factor == "8"][
-        ["work", "size", "unit", "cpu_seconds", "largest_over_line_percent"]
     ],
 }
 
