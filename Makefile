@@ -104,7 +104,7 @@ reruns: setup ## docs/reruns.md, from dry runs on a finished run of configs/test
 	$(BIN)/python -m workflow_scripts.reference.reruns
 
 bench: setup ## docs/performance.md anew, after `make table1`, on a quiet machine: hours
-	@for name in rollouts output_head alternatives grpo_step 'grpo_step --phases' floors data growth anchor startup page; do $(BIN)/python -m benchmarks.$$name; done
+	@for name in rollouts grpo_step 'grpo_step --phases' floors data growth anchor startup page; do $(BIN)/python -m benchmarks.$$name; done
 
 reliability: setup ## the counts of docs/reliability.md, from the tests that there are
 	$(BIN)/python tests/reliability.py

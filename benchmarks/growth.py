@@ -25,13 +25,12 @@ from benchmarks.made_up import (
     write_sidecar,
     write_test_set,
 )
-from benchmarks.measuring import ROUNDS, ProcessCost, replace_rows, write_rows
+from benchmarks.measuring import ROUNDS, ProcessCost, replace_rows
 from workflow_scripts.configuration.model import load
 from workflow_scripts.configuration.stages import GenerateRollouts, ReadAnnotations, ReadImages, SelectSubset
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import model_files
-from workflow_scripts.rollouts.items import anchor_items
 
 FACTORS = (1, 2, 4, 8)
 
@@ -172,17 +171,6 @@ def growth(work: str, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def comparisons() -> list[dict[str, Any]]:
-    """Questions to the policy for N images of a prompt: with one anchor, and of every pair."""
-    rows = []
-    for images in range(2, 17):
-        names = [f"{number}" for number in range(images)]
-        asked = len(anchor_items([{"prompt_id": "p", "prompt": "", "image_ids": names}], set(names), 0, False))
-        every = images * (images - 1) // 2
-        rows.append({"images": images, "anchor": asked, "round_robin": every, "ratio": round(every / asked, 2)})
-    return rows
-
-
 def main() -> None:
     """Measure the parts, write them to results/growth.csv, print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -193,7 +181,6 @@ def main() -> None:
     for work in arguments.part:
         rows += growth(work, arguments.rounds)
         replace_rows("growth", ["work"], rows)
-    write_rows("comparisons", comparisons())
     print(tabulate([list(row.values()) for row in rows], headers=list(rows[0])))
 
 

@@ -1,11 +1,12 @@
-"""Put what was measured into docs/performance.md: tables of results/*.csv, the machine, the plot.
+"""Write the headline tables of docs/performance.md from results/*.csv, and the plot.
 
 python -m benchmarks.page
 
-What stands between `<!-- name -->` and `<!-- end -->` is made anew; the text around it is written by hand.
+The text between `<!-- name -->` and `<!-- end -->` is generated; the rest of the page is written by hand.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -19,15 +20,43 @@ PLOT = ROOT / "docs/images/performance.png"
 PART = re.compile(r"<!-- ([a-z_]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def table(name: str) -> str:
-    """A result as a table of Markdown; empty where nothing was measured."""
+def speedups(contestant: str, index: list[str], column: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    """Return a function that selects one contestant and tabulates its speedup in CPU time."""
+
+    def table(rows: pd.DataFrame) -> pd.DataFrame:
+        chosen = rows[rows.contestant == contestant]
+        wide = chosen.pivot(index=index, columns=column, values="speedup_cpu").reset_index()
+        return wide.rename(columns={value: f"{column} = {value}" for value in chosen[column].unique()})
+
+    return table
+
+
+# The rows and columns of each CSV file that the page shows.
+HEADLINES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "rollouts": speedups("transformers", ["policy", "track", "threads"], "k"),
+    "rollouts_vllm": speedups("vllm", ["policy", "track"], "k"),
+    "grpo_step": speedups("both", ["policy", "track"], "threads"),
+    "data": lambda rows: rows[rows.what.str.contains("^both|^tables,")][
+        ["what", "cpu_seconds", "peak_megabytes", "goal", "reached"]
+    ],
+}
+
+
+def headline(name: str) -> str:
+    """Return the headline of a result as a Markdown table."""
     rows = pd.read_csv(RESULTS / f"{name}.csv", dtype=str, keep_default_na=False)
-    rows.columns = pd.Index([column.replace("_", " ") for column in rows.columns])
-    return rows.to_markdown(index=False)
+    shown = HEADLINES[name](rows)
+    shown.columns = pd.Index([str(column).replace("_", " ") for column in shown.columns])
+    return shown.to_markdown(index=False, disable_numparse=True)
+
+
+def machine_line() -> str:
+    """Return the properties of this machine in one line."""
+    return "Machine: " + ", ".join(f"{name} {value}" for name, value in machine().items()) + "."
 
 
 def plot(path: Path) -> None:
-    """Times fewer CPU seconds than with `generate` that rollouts take on one thread, and how CPU seconds grow."""
+    """Plot the speedup of rollouts in CPU time on one thread, and CPU seconds of stages by size."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     rollouts = pd.read_csv(RESULTS / "rollouts.csv")
@@ -51,15 +80,11 @@ def plot(path: Path) -> None:
 def main() -> None:
     """Write the page and its plot."""
 
-    def made(match: re.Match[str]) -> str:
-        name = match[1]
-        if name == "machine":
-            content = "\n".join(["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in machine().items())])
-        else:
-            content = table(name)
-        return f"<!-- {name} -->\n\n{content}\n\n<!-- end -->"
+    def generated(match: re.Match[str]) -> str:
+        content = machine_line() if match[1] == "machine" else headline(match[1])
+        return f"<!-- {match[1]} -->\n\n{content}\n\n<!-- end -->"
 
-    PAGE.write_text(PART.sub(made, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(PART.sub(generated, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     plot(PLOT)
 
 

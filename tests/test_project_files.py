@@ -22,6 +22,7 @@ PAGES = sorted(
 )
 OVERLAYS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/*.yaml"))
 GENERATED = generated_files() | generated_pages()
+GENERATED_PAGES = {"configuration.md", "stages.md", "schemas.md", "reruns.md"}
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -142,6 +143,24 @@ def test_local_links_lead_somewhere(page: str) -> None:
         assert linked.exists(), f"{page} links to {target}"
         if anchor:
             assert anchor in heading_anchors(linked.read_text(encoding="utf-8")), f"{page} links to {target}"
+
+
+def test_every_page_is_listed_once() -> None:
+    """docs/index.md lists all pages; README links to it alone, and mkdocs derives its navigation from the files."""
+    pages = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"\]\(([a-z-]+\.md)\)", index)) == [page for page in pages if page != "index.md"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((docs/[^)]+\.md)[^)]*\)", readme) == ["docs/index.md"]
+    assert "nav" not in yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+def test_pages_stay_short_enough_to_be_read() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    written = [path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED_PAGES]
+    assert len(readme.splitlines()) <= 140
+    assert len(readme.split()) <= 1_300
+    assert len(readme.split()) + sum(len(path.read_text(encoding="utf-8").split()) for path in written) <= 18_000
 
 
 @pytest.mark.parametrize(
