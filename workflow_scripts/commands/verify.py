@@ -14,6 +14,7 @@ from workflow_scripts.files.records import ProvenanceError
 from workflow_scripts.running.command_line import Command, UsageError
 from workflow_scripts.running.mismatches import add_followers, altered_outputs, other_inputs, other_settings
 from workflow_scripts.running.provenance import SUFFIX, read_sidecar, sidecar_path, sidecars
+from workflow_scripts.running.recorded_files import RECORDS, altered_files
 
 
 class Verify(Command):
@@ -88,7 +89,8 @@ def misfits(folder: Path, configuration: Configuration) -> tuple[dict[Path, dict
         try:
             jobs[output] = sidecar = read_sidecar(output)
             settings = other_settings(configuration, sidecar)
-            reasons[output] = altered_outputs(output, sidecar) + other_inputs(sidecar) + settings
+            recorded = altered_files(output) if output.name in RECORDS and output.is_file() else []
+            reasons[output] = altered_outputs(output, sidecar) + recorded + other_inputs(sidecar) + settings
             stale |= {(output.parent / name).resolve() for name in sidecar["outputs"] if settings}
         except ProvenanceError as error:
             jobs[output], reasons[output] = {"stage": "?", "outputs": [output.name], "inputs": {}}, [str(error)]

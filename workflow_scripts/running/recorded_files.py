@@ -7,6 +7,8 @@ from workflow_scripts.files.digests import file_digest
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.records import raw_folder
 
+RECORDS = ("dataset.json", "manifest.json")
+
 
 def altered_files(recorded_in: Path) -> list[str]:
     """Describe each file of a record that is missing or has other content now.
