@@ -1,9 +1,9 @@
-"""N-1 comparisons with one anchor against all N(N-1)/2 of a round robin: cost and accuracy, the same policy and images.
+"""Compare cost and accuracy of anchor ranking (N-1 comparisons) and a round robin (N(N-1)/2 comparisons).
 
 python -m benchmarks.anchor        # after `make table1`
 
-An image's score is the mean probability of being preferred in all comparisons that it is in; with an anchor there is
-one for each other image, and the anchor's own is 0.5. One rollout of each comparison.
+The score of an image is the mean probability of being preferred over all its comparisons. With an anchor each other
+image has one comparison, and the anchor scores 0.5. Each comparison has one rollout.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PROMPTS = 100
 
 
 def round_robin(rows: list[dict[str, Any]]) -> list[Item]:
-    """Every pair of images of a prompt, in random order."""
+    """Return every pair of images of each prompt, shown in random order."""
     items = []
     for row in rows:
         for pair in itertools.combinations(row["image_ids"], 2):
@@ -41,7 +41,7 @@ def round_robin(rows: list[dict[str, Any]]) -> list[Item]:
 
 
 def main() -> None:
-    """Compare, and write results/anchor.csv."""
+    """Run both comparisons and write results/anchor.csv."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     results = parser.parse_args().results
@@ -66,7 +66,7 @@ def main() -> None:
                     found.setdefault((rollout["prompt_id"], image), []).append(preferred)
 
         spent = cost(work)
-        if name == "anchor":  # whose own score is that of no difference, however it fared
+        if name == "anchor":  # it scores 0.5, whatever its comparisons say
             found |= {(item.prompt_id, str(item.anchor)): [0.5] for item in items}
         scores = [[[np.mean(found[row["prompt_id"], image])] for image in row["image_ids"]] for row in prompts]
         rules: Any = {"k": 1, "tie": "wrong", "label_tie": "dropped", "missing": "wrong", "neutral": 0.5}

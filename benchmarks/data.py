@@ -1,10 +1,10 @@
-"""Data stages against their goals: reading images, subsampling at the published size, bootstrap, tables.
+"""Measure data stages against their goals: reading images, subsampling at the published size, bootstrap, tables.
 
 python -m benchmarks.data --part images annotations bootstrap tables
 
-All data are made up. Stages run as the workflow runs them, each in its own process, start included; without tracking.
-A row without a goal is for comparison. Whether a goal is reached is judged by CPU seconds, all of one thread, which
-other jobs on the machine lengthen less than those of the clock.
+All data are generated. Stages run in their own processes, start included, without tracking. Rows without a goal are for
+comparison. CPU seconds of one thread decide whether a goal is reached, because other jobs affect them less than wall
+time.
 """
 
 import argparse
@@ -61,7 +61,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "MLF
 
 
 def run(stage: str, config: StageConfig, *words: Any, **files: Path) -> ProcessCost:
-    """Cost of a stage by its command line, as a rule runs it."""
+    """Measure a stage by its command line, as a rule runs it."""
     command = [
         sys.executable,
         "-m",
@@ -76,14 +76,14 @@ def run(stage: str, config: StageConfig, *words: Any, **files: Path) -> ProcessC
 
 
 def start(stage: str) -> ProcessCost:
-    """Cost of what a stage imports, its modules compiled before."""
+    """Measure the imports of a stage, with compiled modules."""
     command = [sys.executable, "-c", f"import workflow_scripts.stages.{stage}"]
     process_cost(command, cwd=ROOT, env=ENVIRONMENT)
     return process_cost(command, cwd=ROOT, env=ENVIRONMENT)
 
 
 def row(what: str, size: str, measured: Any, goal: str = "", reached: bool | str = "") -> Row:
-    """A row of the result."""
+    """Return and print a row of the result."""
     peak = round(measured.peak_megabytes) if isinstance(measured, ProcessCost) else ""
     print(what, size, measured, goal, reached, flush=True)
     return {
@@ -101,7 +101,7 @@ def row(what: str, size: str, measured: Any, goal: str = "", reached: bool | str
 
 
 def bare_loop(path: Path) -> Iterator[bytes]:
-    """Bytes of every member, with the standard library alone."""
+    """Read the bytes of every member with the standard library only."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -115,7 +115,7 @@ def bare_loop(path: Path) -> Iterator[bytes]:
 
 
 def images(folder: Path, number: int = 400) -> list[Row]:
-    """Raw to canonical, against a loop that only reads and one that also decodes, in turn."""
+    """Compare the stage with a loop that only reads and with one that also decodes."""
     rows = []
     for name in ("train_1.zip", "train.tar.gz"):
         path = folder / name
@@ -159,7 +159,7 @@ def images(folder: Path, number: int = 400) -> list[Row]:
 
 
 def annotations(folder: Path, prompts: int = HPDV2_PROMPTS) -> list[Row]:
-    """Reading (which groups the pairs by prompt) and subsampling at the published size."""
+    """Measure reading and subsampling at the published size."""
     rows = []
     for dataset, by_units, record in (
         ("hpsv2", ("prompt", "pair"), write_hpdv2_annotations(folder / "hpsv2", prompts)),
@@ -170,7 +170,7 @@ def annotations(folder: Path, prompts: int = HPDV2_PROMPTS) -> list[Row]:
 
 
 def annotations_of(dataset: Dataset, by_units: tuple[str, ...], record: Path, pairs: int) -> list[Row]:
-    """Reading and selecting of one data set."""
+    """Measure reading and selecting for one data set."""
     place = record.parent
     train, test = place / "train.parquet", place / "test.parquet"
     size = f"{pairs:,} pairs" if dataset == "hpsv2" else f"{6 * IMAGEREWARD_PROMPTS:,} images"
@@ -193,7 +193,7 @@ def annotations_of(dataset: Dataset, by_units: tuple[str, ...], record: Path, pa
 
 
 def credits(prompts: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Credit and pairs of prompts that have so many pairs together."""
+    """Return credit and pairs of prompts with the given total number of pairs."""
     rng = np.random.default_rng(0)
     counted = np.full(prompts, pairs // prompts, dtype=float)
     counted[: pairs % prompts] += 1
@@ -201,7 +201,7 @@ def credits(prompts: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bootstrap(folder: Path) -> list[Row]:
-    """One interval of 10,000 resamples over the pairs of 2,000 prompts."""
+    """Measure one interval with 10,000 resamples over the pairs of 2,000 prompts."""
     rows = []
     for average in ("micro", "macro"):
         costs = [
@@ -217,7 +217,7 @@ def bootstrap(folder: Path) -> list[Row]:
 
 
 def tables(folder: Path, seeds: int = 5, rollouts: int = 10) -> list[Row]:
-    """Scores, accuracies and tables of `seeds` seeds, zero-shot and trained, on both test sets of the default size."""
+    """Measure scores, accuracies and tables for several seeds, zero-shot and trained, on both default test sets."""
     c = load({"seeds": list(range(seeds)), "rollouts": {"blocks": rollouts, "block_size": 1}})
     spent: dict[str, list[ProcessCost]] = {"score_rollouts": [], "measure_accuracy": []}
     accuracies, adapters = [], []
@@ -262,7 +262,7 @@ def tables(folder: Path, seeds: int = 5, rollouts: int = 10) -> list[Row]:
 def measure_one(
     c: Configuration, place: Path, dataset: Dataset, policy: Any, seed: int, recorded: Path
 ) -> tuple[ProcessCost, ProcessCost]:
-    """Scores and accuracies of one policy."""
+    """Measure scores and accuracies of one policy."""
     scores, accuracy = place / f"{policy}-{seed}-scores.parquet", place / f"{policy}-{seed}.json"
     config = ScoreRollouts.of(c, dataset, policy, dataset, seed)
     scored = run("score_rollouts", config, recorded, output=scores)
@@ -272,7 +272,7 @@ def measure_one(
 
 
 def total(costs: list[ProcessCost]) -> ProcessCost:
-    """Cost of processes one after the other."""
+    """Return the total cost of sequential processes."""
     return ProcessCost(
         sum(one.wall for one in costs), sum(one.cpu for one in costs), max(one.peak_megabytes for one in costs)
     )
@@ -287,7 +287,7 @@ PARTS: dict[str, Callable[[Path], list[Row]]] = {
 
 
 def main() -> None:
-    """Measure the parts, write them to results/data.csv, print the table."""
+    """Measure the selected parts, write results/data.csv and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     rows = []

@@ -1,10 +1,10 @@
-"""How far above the arithmetic and memory traffic of the same work we are: rollouts, a GRPO step, the bootstrap.
+"""Compare rollouts, a GRPO step and the bootstrap with a floor: the same arithmetic and memory traffic alone.
 
 python -m benchmarks.floors
 
-The floor is what the formulas of docs/plan.md count, at the rates of products and of reading memory, measured on
-the same core; nothing else would cost anything. The rate of a decoding step's own products says what small matrices
-leave of it. A GRPO step is that of results/grpo_step.csv, from the same machine.
+The planner counts the floor, at the rates of matrix products and memory reads measured on the same core. A second rate,
+of products with the sizes of a decoding step, shows the effect of small matrices. The GRPO step is the one of
+results/grpo_step.csv, measured on the same machine.
 """
 
 import csv
@@ -35,11 +35,11 @@ from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.scoring.bootstrap import accuracy_intervals
 
 IDEAL = Assumptions(flops_used=1, bandwidth_used=1, layer_milliseconds=0)
-MEASURED = 3  # runs of each work
+MEASURED = 3  # runs of each case
 
 
 def rate_of_products(rows: int, inputs: int, outputs: int) -> float:
-    """FLOP/s of a product of so many rows with a matrix."""
+    """Measure FLOP/s of a product of a (rows, inputs) with an (inputs, outputs) matrix."""
     states, weights = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     repeats = max(10, int(2e9 / (2 * rows * inputs * outputs)))
     torch.nn.functional.linear(states, weights)
@@ -50,7 +50,7 @@ def rate_of_products(rows: int, inputs: int, outputs: int) -> float:
 
 
 def rollouts(cpu: Gpu) -> list[dict[str, Any]]:
-    """Rollouts of the transformers engine, each policy, track and k."""
+    """Measure rollouts of the transformers engine for each policy, track and k."""
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for scale, track, manifest, c, batch_items, items, images in cases(Path(temporary), list(SCALES)):
@@ -75,7 +75,7 @@ def rollouts_of(
     k: int,
     batch_items: int,
 ) -> dict[str, Any]:
-    """Cost of k rollouts of each item and its floor, that of questions and completions of their mean lengths."""
+    """Measure k rollouts of each item; the floor assumes questions and completions of mean length."""
     settings: Any = {"first_k": 0, "sampling": Sampling(), "batch_items": batch_items, "seed": "s"}
     lengths: list[int] = []
 
@@ -116,7 +116,7 @@ def rollouts_of(
 
 
 def grpo_steps(cpu: Gpu) -> list[dict[str, Any]]:
-    """A step of the default's trainings."""
+    """Compare a step of the default trainings with its floor."""
     c = Configuration()
     stages = {stage.name: stage for stage in plan(c, cpu, IDEAL).stages}
     with (RESULTS / "grpo_step.csv").open(newline="") as file:
@@ -144,7 +144,7 @@ def grpo_steps(cpu: Gpu) -> list[dict[str, Any]]:
 
 
 def bootstrap(cpu: Gpu) -> dict[str, Any]:
-    """10,000 resamples of 2,000 prompts: to write and read what is drawn, and to read two values at each."""
+    """Measure 10,000 resamples of 2,000 prompts; the floor writes and reads the draws and reads two values for each."""
     resamples, prompts = 10_000, 2000
     own = credits(prompts, 15_300)
     spent = sorted(cost(lambda: accuracy_intervals([own], "micro", 0.95, resamples, 0)).cpu for _ in range(MEASURED))
@@ -156,7 +156,7 @@ def bootstrap(cpu: Gpu) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and write results/floors.csv."""
+    """Measure all cases and write results/floors.csv."""
     cpu = this_cpu(1)
     rates = {"work": "this core", "case": f"{cpu.flops / 1e9:.0f} GFLOP/s, {cpu.bandwidth / 1e9:.1f} GB/s read"}
     rows = rollouts(cpu) + grpo_steps(cpu) + [bootstrap(cpu)]

@@ -1,9 +1,9 @@
-"""Growth of time and peak memory: each work at 1, 2, 4 and 8 times the size, in a process of its own.
+"""Measure the growth of time and peak memory: each work at 1, 2, 4 and 8 times the size, each in its own process.
 
 python -m benchmarks.growth --part read_images select_subset
 
-A line through CPU seconds by size says what starting costs (its height at 0) and what one unit of size costs; how far
-the largest point is from the line through the smaller ones says whether time grows faster than the size.
+A line through CPU seconds by size gives the cost of starting (its height at 0) and of one unit of size. The distance of
+the largest point from the line through the smaller ones shows whether time grows faster than the size.
 """
 
 import argparse
@@ -36,7 +36,7 @@ FACTORS = (1, 2, 4, 8)
 
 
 def read_images(folder: Path, size: int) -> ProcessCost:
-    """Raw to canonical."""
+    """Read images into the canonical tables."""
     ((archive, names),) = write_archive(folder / "train_1.zip", size).items()
     record = write_record(folder)
     write_image_subset(folder / "subset.parquet", archive, names)
@@ -46,12 +46,12 @@ def read_images(folder: Path, size: int) -> ProcessCost:
 
 
 def read_more_images(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
-    """Raw to canonical."""
+    """Read images into the canonical tables."""
     return 100 * factor, "images", read_images(folder, 100 * factor)
 
 
 def read_annotations(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
-    """Published pairs to prompts."""
+    """Read pairs in the published layout."""
     prompts = 6000 * factor
     record = write_hpdv2_annotations(folder / "hpsv2", prompts)
     config = ReadAnnotations.of(load({}), "hpsv2", "train")
@@ -59,7 +59,7 @@ def read_annotations(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
 
 
 def select_subset(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
-    """Subsampling by pair."""
+    """Subsample by pair."""
     c = load({"datasets": {"hpsv2": {"train_fraction": 0.25, "subsample_by": "pair"}}})
     size, unit, _ = read_annotations(folder, factor)
     test = folder / "test.parquet"
@@ -69,7 +69,7 @@ def select_subset(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
 
 
 def generate_rollouts(folder: Path, images: int, rollouts: int) -> ProcessCost:
-    """Rollouts of the bundled policy, one process's share of a test set."""
+    """Generate rollouts with the bundled policy in one process."""
     read_images(folder, images)
     settings = {"rollouts": {"block_size": rollouts}, "scoring": {"report_k": [1]}}
     c = load(settings | {"datasets": {"imagereward": {"test_prompts": images}}})
@@ -83,17 +83,17 @@ def generate_rollouts(folder: Path, images: int, rollouts: int) -> ProcessCost:
 
 
 def roll_out_more_items(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
-    """One rollout of more items."""
+    """Generate one rollout of more items."""
     return 200 * factor, "items", generate_rollouts(folder, 200 * factor, 1)
 
 
 def roll_out_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
-    """More rollouts of the same items."""
+    """Generate more rollouts of the same items."""
     return 6 * factor, "rollouts of 100 items", generate_rollouts(folder, 100, 6 * factor)
 
 
 def scoring(folder: Path, prompts: int, rollouts: int, report_k: list[int]) -> tuple[int, ProcessCost, ProcessCost]:
-    """Pairs of a test set, cost of its scores and of its accuracies."""
+    """Return the pairs of a test set and the costs of its scores and accuracies."""
     settings = {"rollouts": {"blocks": rollouts, "block_size": 1}, "scoring": {"report_k": report_k}}
     judged = write_test_set(folder / "subset.parquet", "hpsv2", prompts)
     write_record(folder)
@@ -104,30 +104,30 @@ def scoring(folder: Path, prompts: int, rollouts: int, report_k: list[int]) -> t
 
 
 def score_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
-    """Scores of more rollouts of the same items."""
+    """Score more rollouts of the same items."""
     _, scored, _ = scoring(folder, 400, 20 * factor, [1])
     return 20 * factor, "rollouts of 3,300 items", scored
 
 
 def score_more_items(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
-    """Scores of more items."""
+    """Score more items."""
     _, scored, _ = scoring(folder, 1600 * factor, 5, [1])
     return 1600 * factor, "prompts", scored
 
 
 def measure_more_pairs(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
-    """Accuracies and their bootstrap over more pairs, Mean@1 and Mean@3 of 5 rollouts."""
+    """Measure accuracies and their bootstrap over more pairs, Mean@1 and Mean@3 of 5 rollouts."""
     pairs, _, measured = scoring(folder, 1600 * factor, 5, [1, 3])
     return pairs, "pairs", measured
 
 
 def measure_more_rollouts(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
-    """Accuracies of Mean@1 of more rollouts. Mean@k of K is over all C(K, k) choices, which is a power of K."""
+    """Measure Mean@1 of more rollouts. Mean@k averages over C(K, k) choices, which grows as a power of K."""
     _, _, measured = scoring(folder, 400, 20 * factor, [1])
     return 20 * factor, "rollouts of 3,300 items", measured
 
 
-# Adding a work: a function of a folder and a factor that returns its size, the unit and the cost.
+# To add a work, write a function of a folder and a factor that returns size, unit and cost.
 PARTS: dict[str, Callable[[Path, int], tuple[int, str, ProcessCost]]] = {
     "read_images": read_more_images,
     "read_annotations": read_annotations,
@@ -142,9 +142,9 @@ PARTS: dict[str, Callable[[Path, int], tuple[int, str, ProcessCost]]] = {
 
 
 def growth(work: str, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one work: of each size the run with the fewest CPU seconds, the one that others disturbed least."""
+    """Return the rows of one work: for each size the least disturbed run, the one with the fewest CPU seconds."""
     runs: dict[int, list[tuple[int, str, ProcessCost]]] = {factor: [] for factor in FACTORS}
-    for _ in range(rounds):  # each of all sizes, so that a machine that gets slower does not bend the line
+    for _ in range(rounds):  # all sizes in each round, so that a slowing machine does not bend the line
         for factor in FACTORS:
             with tempfile.TemporaryDirectory() as folder:
                 runs[factor].append(PARTS[work](Path(folder), factor))
@@ -172,7 +172,7 @@ def growth(work: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure the parts, write them to results/growth.csv, print the table."""
+    """Measure the selected parts, write results/growth.csv and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)

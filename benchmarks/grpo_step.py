@@ -1,11 +1,11 @@
-"""CPU seconds of a GRPO step: TRL's trainer alone against the stage's defaults, same data, seed and rewards.
+"""Compare CPU seconds of a GRPO step: the plain TRL trainer and the defaults, same data, seed and rewards.
 
 python -m benchmarks.grpo_step              # results/grpo_step.csv
-python -m benchmarks.grpo_step --phases     # results/grpo_phases.csv: where a step's time goes
+python -m benchmarks.grpo_step --phases     # results/grpo_phases.csv: time by phase of a step
 
-Each contestant is the stage `train_grpo` on the default's training data, as a process, without validation but the first
-and the last; a step lasts from one step's line in its log to the next. The larger policy is that of
-`benchmarks.rollouts`, with 8 completions in a step. Phases are from Python's profiler, of one training each.
+Each contestant runs the stage `train_grpo` on the default training data in its own process, with the first and the last
+validation only. A step lasts from its line in the log to the next. The larger policy is that of `benchmarks.rollouts`,
+with 8 completions per step. The Python profiler gives the phases, from one training each.
 """
 
 import argparse
@@ -38,18 +38,18 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "both": {},
 }
 LARGER = {"prompts_per_step": 2, "group_size": 4}
-STEPS = {"bundled": 5, "larger": 2}  # of a training, the first to warm up
+STEPS = {"bundled": 5, "larger": 2}  # per training; the first warms up
 
 
 class Case(NamedTuple):
-    """What is trained with how many threads, and the folder of results with its data and its base policy."""
+    """Policy and threads of a training, and the results folder with its data and base policy."""
 
     folder: Path
     policy: str
     threads: int
 
     def data(self) -> dict[str, Any]:
-        """Configuration of the default with few validation and test prompts."""
+        """Return the default configuration with few validation and test prompts."""
         sizes = {
             "imagereward": {"synthetic": {"validation_prompts": 4, "test_prompts": 4}},
             "hpsv2": {"synthetic": {"test_prompts": 4}},
@@ -67,9 +67,9 @@ class Case(NamedTuple):
         }
 
     def training(self, track: Track, choice: dict[str, Any], *profiler: str) -> Cost:
-        """What a step but the first costs in the mean, of a training run by Python with these `profiler` options.
+        """Return the mean cost of a step after the first, for a training under Python with these `profiler` options.
 
-        It is what its process took from the first step's line in the log to the last one's.
+        It is the cost of the process between the log lines of the first and the last step.
         """
         raw = self.data()
         raw["training"][track] |= choice
@@ -101,11 +101,11 @@ class Case(NamedTuple):
 
 
 def phases(profile: Path) -> dict[str, float]:
-    """Seconds of each phase of a profiled training's steps, by the names of TRL's and transformers' functions."""
+    """Return the seconds of each phase of profiled steps, by the names of functions in TRL and transformers."""
     functions: Any = pstats.Stats(str(profile)).stats  # type: ignore[attr-defined]
 
     def spent(name: str, file: str = "grpo_trainer.py", within: str | None = None) -> float:
-        """Seconds in functions of this name, those that they called included; only of calls from `within`."""
+        """Return cumulative seconds of functions with this name, only for calls from `within`."""
         total = 0.0
         for (path, _, own), (_, _, _, cumulative, callers) in functions.items():
             if own == name and path.endswith(file):
@@ -130,7 +130,7 @@ def phases(profile: Path) -> dict[str, float]:
 
 
 def lengths(case: Case, track: Track, contestants: dict[str, dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
-    """A row for each contestant: what a step costs, in alternating order."""
+    """Measure the step of each contestant, in alternating order; return one row each."""
     steps: dict[str, list[Cost]] = {name: [] for name in contestants}
     for name in in_turn(contestants, rounds):
         steps[name].append(case.training(track, contestants[name]))
@@ -139,7 +139,7 @@ def lengths(case: Case, track: Track, contestants: dict[str, dict[str, Any]], ro
 
 
 def shares(case: Case, track: Track, contestants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each phase: seconds of a step, and per cent of it, of each contestant."""
+    """Return a row for each phase: seconds and per cent of a step for each contestant."""
     seconds = {}
     with tempfile.TemporaryDirectory() as temporary:
         profile = Path(temporary) / "profile"
@@ -157,16 +157,16 @@ def shares(case: Case, track: Track, contestants: dict[str, dict[str, Any]]) -> 
 
 
 def main() -> None:
-    """Make the data, measure, and write results/grpo_step.csv or, with --phases, results/grpo_phases.csv."""
+    """Make the data, measure, and write results/grpo_step.csv (with --phases: results/grpo_phases.csv)."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--policies", nargs="+", choices=list(SCALES), default=list(SCALES))
     parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=list(TRACKS))
-    parser.add_argument("--threads", nargs="+", type=int, help="1 2, or with --phases 1, where not given")
+    parser.add_argument("--threads", nargs="+", type=int, help="default: 1 2, with --phases 1")
     parser.add_argument(
-        "--contestants", nargs="+", choices=list(CONTESTANTS), default=["both"], help="TRL always is one"
+        "--contestants", nargs="+", choices=list(CONTESTANTS), default=["both"], help="compared with TRL"
     )
-    parser.add_argument("--phases", action="store_true", help="where a step's time goes, instead of its length")
+    parser.add_argument("--phases", action="store_true", help="measure the time by phase instead of the step")
     arguments = parser.parse_args()
     contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in {"TRL", *arguments.contestants}}
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""Made-up files of any size, in the layouts and schemas of the real ones: annotations, archives, rollouts."""
+"""Generate files of any size in the real layouts and schemas: annotations, archives, rollouts."""
 
 import io
 import json
@@ -24,19 +24,19 @@ from workflow_scripts.running.provenance import sidecar_path
 
 HPDV2_PROMPTS = 107_515  # x 6 = 645,090 pairs, x 4 = 430,060 images
 IMAGEREWARD_PROMPTS = 8_000  # x 6 = 48,000 images
-SIDE = 512  # of an image, in pixels: as most published ones
+SIDE = 512  # pixels of an image side, as in most published images
 
 
 # --------------------------------------------------------------------------------------------------------- annotations
 
 
 def words(rng: random.Random) -> str:
-    """Return a prompt of the usual length."""
+    """Return a prompt of usual length."""
     return " ".join(f"{rng.getrandbits(24):x}" for _ in range(rng.randint(5, 40)))
 
 
 def hpdv2_train_rows(rng: random.Random, prompts: int) -> Iterator[dict[str, Any]]:
-    """Rows of train.json."""
+    """Yield rows of train.json."""
     for prompt in range(prompts):
         text, names = words(rng), [f"{4 * prompt + i:08d}.jpg" for i in range(4)]
         for a, b in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
@@ -44,7 +44,7 @@ def hpdv2_train_rows(rng: random.Random, prompts: int) -> Iterator[dict[str, Any
 
 
 def hpdv2_test_rows(rng: random.Random, prompts: int) -> Iterator[dict[str, Any]]:
-    """Rows of test.json."""
+    """Yield rows of test.json."""
     for prompt in range(prompts):
         ranks = list(range(9))
         raw = [{"annotation": ranks, "user_hash": f"{i}"} for i in range(10)]
@@ -53,7 +53,7 @@ def hpdv2_test_rows(rng: random.Random, prompts: int) -> Iterator[dict[str, Any]
 
 
 def imagereward_rows(rng: random.Random, split: str, prompts: int) -> Iterator[dict[str, Any]]:
-    """Rows of metadata-{split}.parquet."""
+    """Yield rows of metadata-{split}.parquet."""
     for prompt in range(prompts):
         text = words(rng)
         for image in range(6):
@@ -79,7 +79,7 @@ def write_json_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 
 def write_hpdv2_annotations(folder: Path, prompts: int) -> Path:
-    """Write train.json and test.json of HPDv2, 6 pairs for each prompt; return their record."""
+    """Write train.json and test.json of HPDv2 with 6 pairs per prompt; return their record."""
     rng = random.Random(0)
     folder.mkdir(parents=True)
     write_json_rows(folder / "train.json", hpdv2_train_rows(rng, prompts))
@@ -88,7 +88,7 @@ def write_hpdv2_annotations(folder: Path, prompts: int) -> Path:
 
 
 def write_imagereward_annotations(folder: Path, prompts: int) -> Path:
-    """Write the metadata of ImageRewardDB, 6 images for each prompt; return their record."""
+    """Write the metadata of ImageRewardDB with 6 images per prompt; return their record."""
     rng = random.Random(0)
     folder.mkdir(parents=True)
     for split, count in {"train": prompts, "test": 466}.items():
@@ -99,7 +99,7 @@ def write_imagereward_annotations(folder: Path, prompts: int) -> Path:
 
 
 def write_record(folder: Path, absent: list[str] | None = None) -> Path:
-    """Write dataset.json of the files of a folder with its sidecar; `absent` archives are named but do not exist."""
+    """Write dataset.json for the files of a folder, with its sidecar; it also names `absent` archives."""
     files = {path.name: file_record(path) for path in sorted(folder.iterdir())}
     record = folder / "dataset.json"
     write_json(
@@ -111,7 +111,7 @@ def write_record(folder: Path, absent: list[str] | None = None) -> Path:
 
 
 def write_sidecar(*outputs: Path, **more: Any) -> None:
-    """Write the sidecar of files that a stage would have written."""
+    """Write the sidecar that a stage would write for these files."""
     known = {"outputs": {path.name: file_record(path) for path in outputs}, "mlflow_run_id": None}
     write_json(sidecar_path(outputs[0]), known | more)
 
@@ -120,7 +120,7 @@ def write_sidecar(*outputs: Path, **more: Any) -> None:
 
 
 def photographs(count: int, image_format: str, quality: int) -> list[bytes]:
-    """Encoded images whose detail is like that of photographs: noise at several scales."""
+    """Return encoded images with the detail of photographs: noise at several scales."""
     rng = np.random.default_rng(0)
 
     def noise(scale: int) -> Any:
@@ -137,7 +137,7 @@ def photographs(count: int, image_format: str, quality: int) -> list[bytes]:
 
 
 def write_archive(path: Path, images: int) -> dict[str, list[str]]:
-    """Write train.tar.gz of HPDv2 (JPEG) or a zip of ImageRewardDB (WebP) with so many images; return their names."""
+    """Write train.tar.gz of HPDv2 (JPEG) or a zip of ImageRewardDB (WebP); return the names of its images."""
     zipped = path.suffix == ".zip"
     pictures = photographs(16, "WEBP", 90) if zipped else photographs(16, "JPEG", 95)
     names = [f"{number:08d}.{'webp' if zipped else 'jpg'}" for number in range(images)]
@@ -155,7 +155,7 @@ def write_archive(path: Path, images: int) -> dict[str, list[str]]:
 
 
 def write_image_subset(path: Path, archive: str, names: list[str]) -> None:
-    """Write a subset.parquet whose prompts have these images, eight each, with its sidecar."""
+    """Write a subset.parquet with eight of these images per prompt, and its sidecar."""
     rows = []
     for position, start in enumerate(range(0, len(names), 8)):
         images = names[start : start + 8]
@@ -168,14 +168,14 @@ def write_image_subset(path: Path, archive: str, names: list[str]) -> None:
 
 
 def subset_row(prompt_id: str, images: list[str], position: int) -> dict[str, Any]:
-    """A row of SUBSET with empty judgements."""
+    """Return a row of SUBSET with empty judgements."""
     empty = dict.fromkeys(("ranks", "ratings", "alignment_ratings", "fidelity_ratings", "pairs", "annotations"))
     row = {"prompt_id": prompt_id, "prompt": "made up", "image_ids": images, "archives": ["a.zip"] * len(images)}
     return row | empty | {"position": position}
 
 
 def write_test_set(path: Path, dataset: str, prompts: int) -> list[dict[str, Any]]:
-    """Write the subset.parquet of a test set with its sidecar: ranks, and for HPDv2 those of ten annotators."""
+    """Write the subset.parquet of a test set, with its sidecar: ranks, for HPDv2 those of ten annotators."""
     rng = np.random.default_rng(0)
     counts = list(IMAGE_COUNTS)
     shares = np.array(list(IMAGE_COUNTS.values())) / sum(IMAGE_COUNTS.values())
@@ -195,14 +195,14 @@ def write_test_set(path: Path, dataset: str, prompts: int) -> list[dict[str, Any
 
 
 def write_rollouts(path: Path, dataset: str, rows: list[dict[str, Any]], rollouts: int, seed: int) -> int:
-    """Write a rollout file with its sidecar, random answers of so many rollouts of each item; return its rows.
+    """Write a rollout file with random answers, and its sidecar; return its number of rows.
 
     Args:
-        path: of the file.
-        dataset: "hpsv2": pairs with an anchor; else single images.
-        rows: of the test set.
-        rollouts: K of each item.
-        seed: of the answers.
+        path: File to write.
+        dataset: "hpsv2" for pairs with an anchor, else single images.
+        rows: Rows of the test set.
+        rollouts: Rollouts of each item.
+        seed: Seed of the answers.
     """
     rng = np.random.default_rng(seed)
     readable = {image for row in rows for image in row["image_ids"]}

@@ -1,4 +1,4 @@
-"""Contests: the same work done by several contestants in turn, in one run on one machine, and what it cost each."""
+"""Contests: several contestants do the same work in turn, in one run on one machine, and their costs are compared."""
 
 import csv
 import gc
@@ -21,14 +21,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Cost(NamedTuple):
-    """What one piece of work took: seconds of the clock and of the processor, all threads together."""
+    """Wall and CPU seconds of one piece of work; CPU seconds are summed over threads."""
 
     wall: float
     cpu: float
 
 
 class ProcessCost(NamedTuple):
-    """What one process and those that it waited for took; peak memory in MB is that of the largest of them."""
+    """Cost of a process and its waited-for children; peak memory in MB is that of the largest of them."""
 
     wall: float
     cpu: float
@@ -36,14 +36,14 @@ class ProcessCost(NamedTuple):
 
 
 def cost(work: Callable[[], object]) -> Cost:
-    """Cost of calling `work` in this process; garbage of the work before is collected first."""
+    """Measure a call in this process, after a garbage collection."""
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return Cost(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-# A process starts out with the peak memory of the one that it was forked from: a small one stands in between.
+# A process inherits the peak memory of its parent, so a small process forks the measured one.
 FORK = """
 import json, os, resource, sys, time
 wall = time.perf_counter()
@@ -59,7 +59,7 @@ with open(int(sys.argv[1]), "w") as file:
 
 
 def process_cost(command: list[str], **options: Any) -> ProcessCost:
-    """Cost of a command from its start to its end.
+    """Measure a command from start to end.
 
     Raises:
         subprocess.CalledProcessError: it failed.
@@ -76,7 +76,7 @@ def process_cost(command: list[str], **options: Any) -> ProcessCost:
 
 
 def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
-    """Each of the names once in a round, in alternating order."""
+    """Yield each name once per round, in alternating order."""
     order = list(names)
     for _ in range(rounds):
         yield from order
@@ -84,11 +84,10 @@ def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
 
 
 def contest(contestants: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Let contestants do the same work in turn, once to warm up, then `rounds` times, in alternating order.
+    """Let contestants do the same work, once to warm up, then `rounds` times in alternating order.
 
-    Returns a row for each: medians of wall and CPU seconds, and the `speedup` in CPU seconds and in time over the
-    first contestant: the median over rounds of the ratio within a round, which a change of the machine's load from
-    one round to the next leaves alone.
+    Returns a row for each contestant: medians of wall and CPU seconds, and `speedup` over the first contestant, the
+    median over rounds of the ratio within a round. Changes of the load between rounds do not affect it.
     """
     for work in contestants.values():
         work()
@@ -99,7 +98,7 @@ def contest(contestants: Mapping[str, Callable[[], object]], rounds: int = ROUND
 
 
 def summarised(costs: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """Rows of a contest from the costs of each contestant, round by round."""
+    """Return the rows of a contest from the costs of each contestant by round."""
     first = next(iter(costs.values()))
     return [
         {
@@ -115,7 +114,7 @@ def summarised(costs: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers depend on: processor, cores, memory, versions."""
+    """Return the properties of this machine that affect results: processor, cores, memory, versions."""
     import numpy
     import pyarrow
     import torch
@@ -138,12 +137,12 @@ def machine() -> dict[str, str]:
 
 
 def peak_megabytes() -> float:
-    """Peak memory of this process so far."""
+    """Return the peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def replace_rows(name: str, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """Write rows to results/<name>.csv in the place of those that have the same values in `columns`; others stay."""
+    """Write rows to results/<name>.csv; they replace rows with the same values in `columns`."""
     path = RESULTS / f"{name}.csv"
     measured = {tuple(str(row[column]) for column in columns) for row in rows}
     kept: list[dict[str, Any]] = []
@@ -154,7 +153,7 @@ def replace_rows(name: str, columns: Sequence[str], rows: list[dict[str, Any]]) 
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write the rows of a benchmark to results/<name>.csv, which docs/performance.md is made from."""
+    """Write the rows of a benchmark to results/<name>.csv."""
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -1,11 +1,11 @@
-"""Rollouts with soft scores: the transformers engine against what a user writes with `generate`, and against vLLM.
+"""Compare rollouts with soft scores: the transformers engine, plain `generate`, and vLLM.
 
 python -m benchmarks.rollouts                                                       # without vLLM
-.venv-vllm/bin/python -m benchmarks.rollouts --contestants plain transformers vllm  # in vLLM's environment, on CPU
+.venv-vllm/bin/python -m benchmarks.rollouts --contestants plain transformers vllm  # in the vLLM environment, on CPU
 
-Two policies: the bundled one, and a Qwen2.5-VL with Qwen's own vocabulary and 40 M random parameters outside its
-embedding, whose thoughts never end, so that all contestants generate equally many tokens. Greedy scores of the first
-two contestants are compared first.
+There are two policies: the bundled one, and a Qwen2.5-VL with the Qwen vocabulary and 40 M random parameters outside
+its embedding. Thoughts of the latter never end, so that all contestants generate equally many tokens. Greedy scores of
+the first two contestants must agree.
 """
 
 import argparse
@@ -43,16 +43,16 @@ from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
 from workflow_scripts.scoring.pair_accuracy import expected_answer
 
 TRACKS: tuple[Track, ...] = ("imagereward", "hpsv2")
-SIZES = ((84, 84), (112, 70), (70, 126), (168, 168), (60, 60))  # width and height of images, mixed
+SIZES = ((84, 84), (112, 70), (70, 126), (168, 168), (60, 60))  # width and height of images
 ROLLOUTS = (1, 3, 8)
 Decoded = dict[str, Image.Image]  # images by name
 BUNDLED = "models/tiny-qwen2.5-vl"
-# Prompts with four images each, items of a batch, largest image in pixels.
+# Prompts with four images each, items per batch, largest image in pixels.
 SCALES = {"bundled": (32, 64, 84 * 84), "larger": (1, 8, 168 * 168)}
 
 
 def questions(prompts: int) -> tuple[dict[Track, list[Item]], dict[str, Image.Image]]:
-    """Items of each track about four synthetic images of each prompt, and the images, of mixed sizes."""
+    """Return items of each track for four synthetic images per prompt, and the images in mixed sizes."""
     rng = random.Random("throughput")
     rows: list[dict[str, Any]] = []
     images: dict[str, Image.Image] = {}
@@ -69,7 +69,7 @@ def questions(prompts: int) -> tuple[dict[Track, list[Item]], dict[str, Image.Im
 
 
 def write_larger_policy(folder: Path) -> None:
-    """Write a Qwen2.5-VL with random weights: 40 M parameters outside its embedding, Qwen's vocabulary."""
+    """Write a Qwen2.5-VL with random weights, 40 M parameters outside its embedding and the Qwen vocabulary."""
     processor = qwen_processor(shortest_edge=28 * 28, longest_edge=SCALES["larger"][2])
     token_id = processor.tokenizer.convert_tokens_to_ids
     text: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 512, "intermediate_size": 1536}
@@ -102,9 +102,9 @@ def plain(
     batch_items: int,
     sampling: Sampling,
 ) -> list[float]:
-    """What a user writes: `generate(num_return_sequences=k)`, then a second forward pass for the answer's logits.
+    """Score with `generate(num_return_sequences=k)` and a second forward pass for the answer logits.
 
-    `policy` is as transformers loads it.
+    `policy` must be loaded by plain transformers.
     """
     model: Any = policy.model
     processor: Any = policy.processor
@@ -135,7 +135,7 @@ def plain(
             "input_ids": ids,
             "attention_mask": torch.cat([inputs["attention_mask"].repeat_interleave(rollouts, 0), (~padded).int()], 1),
         }
-        # The pictures once for each of its rollouts, in the order of the rows.
+        # Each image once per rollout, in the order of the rows.
         shown = inputs["image_grid_thw"].prod(-1).tolist()
         per_item = len(batch[0].image_ids)
         pictures = inputs["pixel_values"].split([sum(shown[i : i + per_item]) for i in range(0, len(shown), per_item)])
@@ -163,7 +163,7 @@ def engine(
     batch_items: int,
     sampling: Sampling,
 ) -> list[float]:
-    """Scores by one of the project's engines, in the order of the items."""
+    """Return the scores of one of the engines, in the order of the items."""
     rows = generate(
         policy,
         items,
@@ -181,7 +181,7 @@ def engine(
 def cases(
     folder: Path, scales: list[str]
 ) -> Iterator[tuple[str, Track, Path, Configuration, int, list[Item], Decoded]]:
-    """Each policy and track: their names, manifest, configuration, items of a batch, items and images."""
+    """Yield names, manifest, configuration, items per batch, items and images of each policy and track."""
     for scale in scales:
         prompts, batch_items, pixels = SCALES[scale]
         weights = ROOT / BUNDLED
@@ -196,7 +196,7 @@ def cases(
 
 
 def main() -> None:
-    """Measure, and write results/rollouts.csv, or with vLLM, in its environment, results/rollouts_vllm.csv."""
+    """Measure and write results/rollouts.csv, with vLLM results/rollouts_vllm.csv."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--contestants", nargs="+", choices=["plain", "transformers", "vllm"])
     parser.add_argument("--policies", nargs="+", choices=list(SCALES), default=list(SCALES))
@@ -222,9 +222,9 @@ def main() -> None:
                 vllm = vllm_engine.load_into_vllm(manifest, None, config, RolloutsVllm())
                 works["vllm"] = partial(engine, vllm_engine.generate, vllm)
             asked = (items, images)
-            if scale == "bundled":  # whose thoughts end by themselves, so that no answer is forced
+            if scale == "bundled":  # its thoughts end, so that no answer is forced
                 greedy = [works[name](*asked, 1, batch_items, Sampling(temperature=0)) for name in list(works)[:2]]
-                # Not all: where two tokens are nearly as likely, the order of sums decides.
+                # Not all agree: the order of sums decides between nearly equally likely tokens.
                 assert np.isclose(*greedy, atol=1e-3).mean() > 0.9, greedy
             for threads in arguments.threads:
                 torch.set_num_threads(threads)

@@ -1,11 +1,11 @@
-"""What a job and a plan cost beside their work: start-up of every stage, MLflow, the no-op dry run, one key changed.
+"""Measure overheads: start-up of every stage, MLflow, a dry run with nothing to do, a rerun after one changed key.
 
 python -m benchmarks.startup --results FOLDER [--before CHECKOUT] [--only WHAT]
 
-FOLDER is a checkout with a finished run of configs/test.yaml; without it one is made, which takes minutes. It is copied
-and never written to. `--before` names another checkout of this repository: each measurement is then made in turn with
-its code and with this one, and its figures stand in the columns before_*. A run of other code is planned as
-a rerun, so a checkout with other code digests cannot be the one before of the dry run and the rerun.
+FOLDER is a checkout with a finished run of configs/test.yaml; it is copied, never written to, and made if missing
+(minutes). `--before` names another checkout of this repository: each measurement alternates between both, and the
+columns before_* hold its figures. Other code digests would cause a rerun, so such a checkout cannot serve the dry run
+and the rerun.
 """
 
 import argparse
@@ -40,7 +40,7 @@ finally:
 
 
 def environment(code: Path, tracking: str = "") -> dict[str, str]:
-    """Environment of a job that runs the code of a checkout."""
+    """Return the environment of a job that runs the code of a checkout."""
     return os.environ | {
         "PYTHONPATH": str(code),
         "OMP_NUM_THREADS": "1",
@@ -50,13 +50,13 @@ def environment(code: Path, tracking: str = "") -> dict[str, str]:
 
 
 def help_of(stage: str) -> Callable[[Path], ProcessCost]:
-    """Start-up of a stage."""
+    """Measure the start-up of a stage."""
     command = [sys.executable, "-m", f"workflow_scripts.stages.{stage}", "--help"]
     return lambda code: process_cost(command, cwd=code, env=environment(code), **QUIET)
 
 
 def small_job(run: Path, tracking: str) -> Callable[[Path], ProcessCost]:
-    """A job that does next to nothing: the order of a few test prompts."""
+    """Measure a tiny job: ordering a few test prompts."""
     configuration = load({"datasets": {"imagereward": {"test_prompts": 10}}})
     data = "results/test/datasets/imagereward/test"
     command = [
@@ -68,13 +68,13 @@ def small_job(run: Path, tracking: str) -> Callable[[Path], ProcessCost]:
 
 
 def dry_run(run: Path) -> Callable[[Path], ProcessCost]:
-    """Plan of a finished run: nothing to be done."""
+    """Measure the dry run of a finished run."""
     command = [*SNAKEMAKE, "-n", "--quiet", *OPTIONS]
     return lambda code: process_cost([*command, "--snakefile", f"{code}/Snakefile"], cwd=run, **QUIET)
 
 
 def rerun(run: Path) -> Callable[[Path], ProcessCost]:
-    """Table 1 of another scoring.report_k, which was [1, 3] and then is what it was not the time before."""
+    """Measure table 1 with another scoring.report_k, alternating between two values."""
     reported = [[1, 3]]
 
     def work(code: Path) -> ProcessCost:
@@ -87,7 +87,7 @@ def rerun(run: Path) -> Callable[[Path], ProcessCost]:
 
 
 def measured(work: Callable[[Path], ProcessCost], codes: dict[str, Path], rounds: int) -> dict[str, float]:
-    """Medians of wall and CPU seconds with the code of each checkout, in alternating order; one round warms up."""
+    """Return medians of wall and CPU seconds for each checkout, in alternating order after a warm-up round."""
     costs: dict[str, list[ProcessCost]] = {name: [] for name in codes}
     for name in in_turn(codes, rounds + 1):
         costs[name].append(work(codes[name]))
@@ -99,12 +99,12 @@ def measured(work: Callable[[Path], ProcessCost], codes: dict[str, Path], rounds
 
 
 def main() -> None:
-    """Measure, and write benchmarks/results/startup.csv."""
+    """Measure and write benchmarks/results/startup.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="checkout with a finished run of configs/test.yaml")
     parser.add_argument("--before", type=Path, help="checkout of the code to compare with")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", default="", help="measure what has this in its name")
+    parser.add_argument("--only", default="", help="measure only names that contain this text")
     arguments = parser.parse_args()
     codes = ({"before_": arguments.before.resolve()} if arguments.before else {}) | {"": ROOT}
     with tempfile.TemporaryDirectory() as temporary:
