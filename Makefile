@@ -97,7 +97,7 @@ docs: setup ## the files and pages that are made from the code: config.yaml, its
 	$(BIN)/python -m workflow_scripts.reference.stages
 
 site: setup ## docs/ as a web site in site/, its links checked; OPTIONS=... of mkdocs build
-	$(BIN)/mkdocs build --strict --quiet $(OPTIONS)
+	$(BIN)/mkdocs build --strict $(OPTIONS)
 
 reruns: setup ## docs/reruns.md, from dry runs on a finished run of configs/test.yaml (makes that first: minutes)
 	$(BIN)/snakemake --cores all --configfile configs/test.yaml

@@ -186,8 +186,8 @@ def test_keys_that_pages_name_exist(page: str, defaults: dict[str, Any]) -> None
 
 def test_every_rule_asks_for_the_resources_of_the_configuration() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("rules/*.smk")))
-    rules = re.findall(r"^rule (\w+):", text, re.M)
-    assert re.findall(r'stages\.job_resources\(configuration, "(\w+)"\)', text) == rules
+    rules = [copy or rule for rule, copy in re.findall(r"^(?:use )?rule (\w+)(?: as (\w+) with)?:", text, re.M)]
+    assert re.findall(r'\*\*resources_of\("(\w+)"\)', text) == rules and len(rules) == 19
     assert set(Resources.model_fields) - {"others"} <= set(rules)
 
 

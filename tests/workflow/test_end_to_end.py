@@ -21,7 +21,8 @@ from workflow_scripts.files.paths import ROOT
 from workflow_scripts.running.provenance import verify
 from workflow_scripts.tracking.pages import curve_name
 
-RULES = set(re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk")), re.M))
+TEXT = "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+RULES = {copy or rule for rule, copy in re.findall(r"^(?:use )?rule (\w+)(?: as (\w+) with)?:", TEXT, re.M)}
 # Of other data and policies than those of configs/test.yaml.
 OTHER_SOURCES = {"download_dataset", "cold_start_policy", "record_own_data", "rank_own_images"}
 

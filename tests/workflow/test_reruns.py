@@ -73,8 +73,9 @@ def test_every_key_and_every_module_has_one_row(
 
 
 def test_there_is_a_column_for_every_rule() -> None:
-    rules = re.findall(r"^rule (\w+):", "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk")), re.M)
-    assert sorted(stages()) == sorted(rules)
+    text = "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    rules = re.findall(r"^(?:use )?rule (\w+)(?: as (\w+) with)?:", text, re.M)
+    assert sorted(stages()) == sorted(copy or rule for rule, copy in rules)
 
 
 def test_a_key_without_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
