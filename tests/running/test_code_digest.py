@@ -120,7 +120,7 @@ def test_a_touch_changes_no_digest(package: Path, before: dict[str, str]) -> Non
     ("module", "old", "new", "stages"),
     [
         ("training/rewards.py", "2: 0.5", "2: 0.4", {"train_grpo"}),
-        ("stages/train_grpo.py", "% 2:", "% 3:", {"train_grpo"}),
+        ("training/items.py", "% 2:", "% 3:", {"train_grpo"}),
         ("scoring/image_scores.py", '"soft", "hard"', '"hard", "soft"', {"score_rollouts"}),
         (
             "scoring/bootstrap.py",
