@@ -13,11 +13,11 @@ from pydantic_settings import CliPositionalArg
 from workflow_scripts.configuration.model import Configuration, Tracking, load
 from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import write_json
+from workflow_scripts.policy.manifest import ADAPTER
 from workflow_scripts.running.command_line import Command
 from workflow_scripts.running.environment import stage_environment
 from workflow_scripts.running.provenance import read_sidecar
 
-ADAPTER = "adapter_model.safetensors"
 RECORD = "registered_model.json"
 
 

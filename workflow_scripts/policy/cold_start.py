@@ -1,8 +1,8 @@
-"""Cold start of the tiny policy: supervised reasoning traces, from scratch to a policy that can do both tracks.
+"""Cold start of the tiny policy: supervised reasoning traces teach it both tracks from scratch.
 
-The teacher describes each image correctly but judges by a taste of its own, as a general vision-language model does
-before it has seen human preferences: it weighs picture quality far above faithfulness to the prompt, favours the second
-of two images, rates with noise and now and then forgets a tag. That is the headroom that GRPO has to close.
+The teacher describes each image correctly but judges by its own taste, as a general vision-language model does that has
+not seen human preferences. It weighs picture quality far above faithfulness to the prompt, favours the second of two
+images, rates with noise and sometimes forgets a tag. GRPO has to close this gap.
 """
 
 import io
@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from workflow_scripts.configuration.model import ColdStart
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.synthetic_scenes import QUALITIES, Scene, Taste, draw, sample_prompt, sample_scene
 
 TEACHER = Taste(count=0.25, colour=0.3, shape=0.25, blurry=0.9, noisy=1.2, faded=1.6)
 TEACHER_NOISE = 1.0  # standard deviation of the teacher's judgement, in units of utility
-TEACHER_SECOND_BIAS = 0.4  # utility that the second of two images gains by its place
+TEACHER_SECOND_BIAS = 0.4  # utility that the second of two images gains by its position
 MALFORMED = 0.1  # share of traces that lack a tag
 CAPTION_TEMPLATE = "{image} describe the image."
 IMAGES_PER_PROMPT = 4
@@ -27,7 +28,7 @@ IMAGES_PER_PROMPT = 4
 
 @dataclass(frozen=True)
 class Example:
-    """One supervised example: prompt as chat messages, its images, and the completion to learn."""
+    """One supervised example: the prompt as chat messages, its images, and the completion to learn."""
 
     messages: list
     images: list[Image.Image]
@@ -35,7 +36,7 @@ class Example:
 
 
 def rating(utility: float) -> int:
-    """Rating 1..7 of a utility between -3.5 and 0."""
+    """Map a utility between -3.5 and 0 to a rating from 1 to 7."""
     return min(max(round(7 + 1.9 * utility), 1), 7)
 
 
@@ -60,7 +61,7 @@ def rating_example(scenes: list[Scene], template: str, rng: random.Random) -> Ex
 
 
 def pair_example(scenes: list[Scene], template: str, rng: random.Random) -> Example:
-    """Say which of two images is preferred by the teacher's taste: 1 for the second."""
+    """Say which of two images the teacher prefers: 1 for the second."""
     one, two = scenes[:2]
     margin = TEACHER.utility(two) + TEACHER_SECOND_BIAS - TEACHER.utility(one)
     answer = int(margin + rng.gauss(0, TEACHER_NOISE * 2**0.5) > 0)
@@ -71,7 +72,7 @@ def pair_example(scenes: list[Scene], template: str, rng: random.Random) -> Exam
 
 
 def published(scene: Scene, rng: random.Random) -> Image.Image:
-    """The image as a reader decodes it: untouched (lossless webp) or through JPEG, half of the time each."""
+    """The image as a reader decodes it: unchanged (lossless WebP) or after JPEG, with equal probability."""
     image = draw(scene)
     if rng.random() < 0.5:
         return image
@@ -81,13 +82,13 @@ def published(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def scenes_of_prompt(rng: random.Random) -> list[Scene]:
-    """Images of one prompt from the training part of the world's prompts."""
+    """Sample the images of one prompt from the world's training prompts."""
     asked, background = sample_prompt(rng, test=False)
     return [sample_scene(rng, asked, background) for _ in range(IMAGES_PER_PROMPT)]
 
 
 def corpus(templates: dict[str, str], prompts: int) -> Iterator[str]:
-    """Texts for the tokenizer, without tags."""
+    """Texts to train the tokenizer on, without tags."""
     rng = random.Random("tokenizer")
     for _ in range(prompts):
         scenes = scenes_of_prompt(rng)
@@ -103,7 +104,7 @@ def corpus(templates: dict[str, str], prompts: int) -> Iterator[str]:
 def collate(
     examples: list[Example], processor: Qwen2_5_VLProcessor, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, torch.Tensor]:
-    """Right-padded batch with labels on the completion only (-100 elsewhere)."""
+    """Make a right-padded batch with labels on completions only (-100 elsewhere); tensors are (examples, tokens)."""
     prompts = processor(
         text=[processor.apply_chat_template(e.messages, add_generation_prompt=True) for e in examples],
         images=[image for e in examples for image in e.images],
@@ -121,7 +122,7 @@ def collate(
         "input_ids": input_ids,
         "labels": labels,
         "attention_mask": (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long(),
-        # Without them the positions silently become one-dimensional.
+        # Without these the model silently uses one-dimensional positions.
         "mm_token_type_ids": (input_ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int(),  # type: ignore[attr-defined]
         "pixel_values": torch.as_tensor(prompts["pixel_values"]),
         "image_grid_thw": torch.as_tensor(prompts["image_grid_thw"]),
@@ -132,43 +133,37 @@ def train(
     model: Qwen2_5_VLForConditionalGeneration,
     processor: Qwen2_5_VLProcessor,
     templates: dict[str, str],
-    *,
-    caption_steps: int,
-    trace_steps: int,
-    batch: int,
-    muon_learning_rate: float,
-    adamw_learning_rate: float,
-    seed: int,
+    settings: ColdStart,
     log: Callable[[dict[str, float], int], None],
 ) -> None:
-    """Train in place: captions first, then ratings and pairs side by side under a cosine schedule.
+    """Train in place: captions first, then ratings and pairs together under a cosine schedule.
 
-    Muon takes the weight matrices (with AdamW alone half of the captions are wrong after the same time), AdamW the
-    embedding, the norms and the patch convolution.
+    Muon trains the weight matrices, and AdamW the embedding, the norms and the patch convolution. With AdamW alone,
+    half of the captions are wrong after the same time.
     """
     tokenizer = processor.tokenizer
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(others, lr=adamw_learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
+        torch.optim.Muon(matrices, lr=settings.muon_learning_rate, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=settings.adamw_learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
 
     def learning_rate_factor(step: int) -> float:
         warm = min(1.0, (step + 1) / 20)
-        progress = max(0, step - caption_steps) / max(1, trace_steps)
+        progress = max(0, step - settings.caption_steps) / max(1, settings.trace_steps)
         return warm * float(0.03 + 0.97 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress))))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, learning_rate_factor) for o in optimizers]
     model.train()
-    for step in range(caption_steps + trace_steps):
-        rng = random.Random(f"cold start {seed} {step}")
-        makers = [caption_example] if step < caption_steps else [rating_example, pair_example]
+    for step in range(settings.caption_steps + settings.trace_steps):
+        rng = random.Random(f"cold start {settings.seed} {step}")
+        makers = [caption_example] if step < settings.caption_steps else [rating_example, pair_example]
         losses = []
         for maker in makers:
             template = templates["pairwise" if maker is pair_example else "pointwise"]
-            examples = [maker(scenes_of_prompt(rng), template, rng) for _ in range(batch)]
+            examples = [maker(scenes_of_prompt(rng), template, rng) for _ in range(settings.batch)]
             loss = model(**collate(examples, processor, tokenizer)).loss
             loss.backward()
             losses.append(loss.item())
@@ -177,6 +172,6 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        names = ["loss/caption"] if step < caption_steps else ["loss/rating", "loss/pair"]
+        names = ["loss/caption"] if step < settings.caption_steps else ["loss/rating", "loss/pair"]
         log(dict(zip(names, losses, strict=True)), step + 1)
     model.eval()

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.policy.manifest import base_path
+from workflow_scripts.policy.manifest import ADAPTER, base_path
 from workflow_scripts.running.code_digest import PACKAGE
 from workflow_scripts.running.provenance import sidecar_path, verify
 
-ADAPTER = "adapter_model.safetensors"
 # The judge imports these; MLflow installs them where it makes an environment for a model.
 NEEDED = (
     *("mlflow", "torch", "torchvision", "transformers", "peft", "safetensors", "jinja2", "pillow", "numpy", "pandas"),

@@ -19,16 +19,7 @@ def within_context(
     warn: Callable[[str], None],
     called: str = "questions",
 ) -> list[Item]:
-    """Items whose question and longest completion fit into the policy's context; a warning counts the others.
-
-    Args:
-        policy: as for `too_long`, like `sizes` and `sampling`.
-        items: questions.
-        sizes: width and height of each image in pixels.
-        sampling: token budgets of thinking and answer.
-        warn: called with the warning.
-        called: what the warning calls the items.
-    """
+    """Items that are not `too_long`; a warning counts the others, under the name `called`."""
     long = too_long(policy, items, sizes, sampling)
     if long:
         warn(

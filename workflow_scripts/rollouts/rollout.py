@@ -12,22 +12,14 @@ class Rollout:
     """One completion of an item. It thinks until `<answer>` opens the answer; the engine opens it if it has to."""
 
     item: Item
-    k: int
-    """Index among the rollouts of the item."""
-    seed: int
-    """Seed of the random generator that draws the tokens."""
-    ids: list[int] = field(default_factory=list)
-    """Tokens so far."""
-    text: str = ""
-    """The tokens, decoded one by one."""
-    answer_start: int | None = None
-    """Number of tokens up to and including `<answer>`; None while the rollout thinks."""
-    forced: bool = False
-    """Whether the engine closed the thinking."""
-    answer_position: int | None = None
-    """Index of the token whose logits are recorded."""
-    answer_logprobs: list[float] = field(default_factory=list)
-    """Log-probability of each answer there, renormalised over the answers."""
+    k: int  # index among the rollouts of the item
+    seed: int  # of the random generator that draws the tokens
+    ids: list[int] = field(default_factory=list)  # tokens so far
+    text: str = ""  # the tokens, decoded one by one
+    answer_start: int | None = None  # number of tokens up to and including `<answer>`; None while it thinks
+    forced: bool = False  # the engine closed the thinking
+    answer_position: int | None = None  # index of the token whose logits are recorded
+    answer_logprobs: list[float] = field(default_factory=list)  # of each answer there, renormalised over the answers
 
     @property
     def opens_answer(self) -> bool:

@@ -76,10 +76,8 @@ def generate(
 class _Decoded(Rollout):
     """A rollout that is decoded token by token."""
 
-    queued: list[int] = field(default_factory=list)
-    """Tokens that the engine puts in instead of drawn ones."""
-    answering: bool = False
-    """Whether the next token that is not white space is the answer."""
+    queued: list[int] = field(default_factory=list)  # tokens that the engine puts in instead of drawn ones
+    answering: bool = False  # the next token that is not white space is the answer
 
     def add(self, drawn: int, ended: bool, sampling: Sampling, tokenizer: Any, piece_of: Callable[[int], str]) -> bool:
         """Add the drawn token, which may end the completion, or a queued one; return whether decoding goes on."""

@@ -37,11 +37,9 @@ class VllmModel:
     """`Policy.model` for a model that vLLM holds."""
 
     llm: Any
-    config: PreTrainedConfig
-    """Configuration of the model, with the context length that vLLM was given."""
+    config: PreTrainedConfig  # with the context length that vLLM was given
     end_ids: set[int]
-    adapter: Any
-    """LoRARequest, or None."""
+    adapter: Any  # LoRARequest, or None
 
 
 def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, settings: RolloutsVllm) -> Policy:

@@ -3,7 +3,7 @@
 python -m workflow_scripts.stages.cold_start_policy --model results/policies/cold_start/model.safetensors \
     --config '{"cold_start": {…}, "templates": {"pointwise": "…", "pairwise": "…"}, "numeric_threads": 1}'
 
-The folder is a complete model: weights in float16 (half the size; loaded as float32), configuration and processor.
+The folder is a complete model: configuration, processor, and weights in float16, which are loaded as float32.
 """
 
 import tempfile
@@ -48,18 +48,7 @@ def main() -> None:
                 if step % 50 == 0:
                     run.metrics(losses, step=step)
 
-            train(
-                model,
-                processor,
-                templates,
-                caption_steps=c.caption_steps,
-                trace_steps=c.trace_steps,
-                batch=c.batch,
-                muon_learning_rate=c.muon_learning_rate,
-                adamw_learning_rate=c.adamw_learning_rate,
-                seed=c.seed,
-                log=log,
-            )
+            train(model, processor, templates, c, log)
         run.metrics({"parameters": model.num_parameters()})
         folder = arguments.model.parent
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Rank the images of a configured CSV or folder by a trained policy: `rank_images` as a job of the workflow.
+"""Rank the images of a configured CSV or folder by a trained policy: the command `rank` as a job of the workflow.
 
 python -m workflow_scripts.stages.rank_own_images --base results/policies/base/manifest.json \
     --adapter results/policies/imagereward/seed0/adapter_model.safetensors \

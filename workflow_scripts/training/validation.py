@@ -69,8 +69,7 @@ class Validation:
                     seed=f"validation {config.seed}" + (f" rank {self.rank}" if divided and self.rank else ""),
                 )
             )
-        gathered: list[dict[str, Any]] = gather_object(rollouts) if divided else rollouts
-        return gathered
+        return list(gather_object(rollouts)) if divided else rollouts
 
 
 def soft_pair_accuracy(rollouts: list[dict[str, Any]], rows: list[dict[str, Any]], config: TrainGrpo) -> float:
