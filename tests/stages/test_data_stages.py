@@ -308,12 +308,13 @@ def test_published_files_in_a_folder_of_the_user_are_read_as_the_synthetic_world
     synthetic = load({"datasets": {dataset: {"synthetic": sizes, "validation_prompts": 2}}})
     record = tmp_path / "world" / dataset / "dataset.json"
     run_stage("synthesize_dataset", SynthesizeDataset.of(synthetic, dataset), output=record)
-    own = load({"datasets": {dataset: {"source": "hub", "hub": hub | {"path": str(record.parent)}}}})
+    there = {"source": "hub", "hub": hub | {"path": str(record.parent)}, "validation_prompts": 2}
+    own = load({"datasets": {dataset: there}})
     run_stage("download_dataset", DownloadDataset.of(own, dataset), output=tmp_path / "own" / dataset / "dataset.json")
-    for name in ("world", "own"):
-        read_and_select(run_stage, synthetic, tmp_path / name, dataset)
+    for name, c in (("world", synthetic), ("own", own)):
+        read_and_select(run_stage, c, tmp_path / name, dataset)
         for split in ("train", "validation", "test"):
-            read_images(run_stage, synthetic, tmp_path / name, dataset, split, 0)
+            read_images(run_stage, c, tmp_path / name, dataset, split, 0)
     tables = sorted(path.relative_to(tmp_path / "own") for path in (tmp_path / "own").rglob("*.parquet"))
     assert {path.name for path in tables} == {"preferences.parquet", "subset.parquet", "images-0000.parquet"}
     for path in tables:

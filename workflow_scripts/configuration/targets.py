@@ -22,9 +22,9 @@ def gallery_shards(c: Configuration, test: Dataset) -> list[int]:
 
 def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
     """(track, policy, test, seed) of every accuracy in the tables; cross rows have trained policies only."""
-    own: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in ("zeroshot", "grpo")]
+    same: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in ("zeroshot", "grpo")]
     cross: list[tuple[Track, str, Dataset]] = [(x.track, "grpo", x.test) for x in c.cross_tests]
-    return [(*case, seed) for case in own + cross for seed in c.seeds]
+    return [(*case, seed) for case in same + cross for seed in c.seeds]
 
 
 def accuracy_files(c: Configuration) -> list[str]:
@@ -84,5 +84,5 @@ def ranking_files(c: Configuration) -> list[str]:
 
 def separate_training_preferences(c: Configuration, dataset: Dataset) -> list[str]:
     """Training annotations that a validation split must not overlap with; none if it is drawn from them."""
-    own = VALIDATION_FROM[dataset] == "validation"
-    return [f"{c.results}/datasets/{dataset}/train/preferences.parquet"] if own else []
+    separate = VALIDATION_FROM[dataset] == "validation"
+    return [f"{c.results}/datasets/{dataset}/train/preferences.parquet"] if separate else []

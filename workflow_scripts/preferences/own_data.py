@@ -53,7 +53,7 @@ def read_preferences(folder: Path, name: str, split: Split, drawn: dict[str, Any
         SchemaError: the table cannot be read, or a value is wrong or contradicts another: names file, row and column.
     """
     found = canonical_rows(folder, name) if name.endswith(".parquet") else _grouped(folder, name)
-    rows = [row for own, row in found if split == (own or drawn_split(row["prompt"], **drawn))]
+    rows = [row for given, row in found if split == (given or drawn_split(row["prompt"], **drawn))]
     if not rows:
         raise SchemaError(
             f"{folder / name}: no prompt is in the split {split}; write some into the column split, or change "

@@ -39,7 +39,7 @@ def main() -> None:
         names, beside, key = needed_files(hub), arguments.output.parent, f"datasets.{dataset}.hub"
         if hub.path:
             folder, repository, commit = Path(hub.path).expanduser().resolve(), None, None
-            files = {name: file_record(own_file(folder, name, key)) for name in names}
+            files = {name: file_record(published_file(folder, name, key)) for name in names}
         else:
             folder, repository, commit, files = fetch("dataset", hub.repository, hub.revision, names, beside, key)
         record = {
@@ -64,7 +64,7 @@ def needed_files(hub: ImageRewardHub | Hpdv2Hub) -> list[str]:
     return [f"metadata-{split}.parquet" for split in archives] + zips
 
 
-def own_file(folder: Path, name: str, key: str) -> Path:
+def published_file(folder: Path, name: str, key: str) -> Path:
     """Find a published file in the user's folder.
 
     Raises:
