@@ -23,13 +23,14 @@ from workflow_scripts.preferences.schema import SUBSET, write_images, write_pref
 from workflow_scripts.preferences.synthetic_scenes import HUMAN, draw, sample_prompt, sample_scene
 from workflow_scripts.running.provenance import sidecar_path
 
-# Tests see nothing of the user's environment but these variables, and a home of their own: no setting of MLflow, the
-# Hub, Snakemake or git changes what they find.
+# Tests see only these variables of the user's environment, and a home of their own: no setting of MLflow, the Hub,
+# Snakemake or git changes their results. Git reads a checkout of another owner, as a container may have it.
 KEPT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "VLLM_VENV", "SOFTPREF_SCREENSHOTS")
 HOME = tempfile.TemporaryDirectory(prefix="softpref-home-")
 for name in [name for name in os.environ if name not in KEPT and not name.startswith("PYTEST_XDIST_")]:
     del os.environ[name]
 os.environ |= {"HOME": HOME.name, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
+os.environ |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -53,7 +53,7 @@ def test_a_results_folder_in_another_is_left_out(
     write_preferences(preferences, [row | {"prompt_id": f"p{i}", "prompt": f"prompt {i}"} for i in range(3)])
     with_sidecar(preferences)
     config = SelectSubset.of(Configuration(), "imagereward", "test")
-    results = tmp_path / "results"
+    results = tmp_path / "elsewhere" / "results"
     outputs = {results: config, results / "mine": config.model_copy(update={"seed": 1})}
     for folder, asked in outputs.items():
         run_main("select_subset", asked, preferences=preferences, output=folder / "datasets/subset.parquet")
