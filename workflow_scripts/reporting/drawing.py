@@ -15,6 +15,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from workflow_scripts.reporting.wording import METHODS, POLICIES
+
 INK, PAPER = "#1f2329", "#fffffe"
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 STYLE: Any = {
@@ -43,8 +45,6 @@ STYLE: Any = {
 matplotlib.use("agg")
 matplotlib.rcParams.update(STYLE)
 
-POLICIES = {"zeroshot": "zero-shot", "grpo": "trained"}
-METHODS = {"soft": "soft reward", "hard": "sampled answer"}
 # Colour and marker say the policy; line and filling the method.
 COLOURS, MARKERS = {"zeroshot": BLUE, "grpo": VERMILION}, {"zeroshot": "o", "grpo": "s"}
 LINES = {"soft": "-", "hard": "--"}

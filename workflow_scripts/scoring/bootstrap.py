@@ -24,6 +24,14 @@ class Interval(NamedTuple):
     high: float
 
 
+class Resampling(NamedTuple):
+    """How intervals are made: level of the two-sided interval, number of resamples, and seed."""
+
+    confidence: float
+    resamples: int
+    seed: int
+
+
 def accuracy_intervals(
     credits: Sequence[Credit], average: Average, confidence: float, resamples: int, seed: int
 ) -> list[Interval]:

@@ -13,6 +13,7 @@ from workflow_scripts.scoring.pair_accuracy import MISSING_CREDIT, TIE_CREDIT, M
 
 Average = Literal["micro", "macro"]
 LabelTieRule = Literal["dropped", "right"]
+MissingAnswerRule = MissingRule | Literal["neutral"]  # neutral: such a rollout scores as one that prefers nothing
 
 SUBSETS_AT_ONCE = 2**19  # of all prompts together; some ten MB
 
@@ -158,7 +159,7 @@ def prompt_credit(
     k: int,
     tie: TieRule,
     label_tie: LabelTieRule,
-    missing: MissingRule | Literal["neutral"],
+    missing: MissingAnswerRule,
     neutral: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Credit and number of counted pairs of each prompt at Mean@k, under one set of rules.
