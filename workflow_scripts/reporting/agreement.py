@@ -22,7 +22,7 @@ LARGEST_CHOICE = 2000  # of k-subsets of the rollouts that one point of a curve 
 
 
 def curve_ks(rollouts: int) -> list[int]:
-    """The k of a Mean@k curve: all of 1..rollouts but those with too many choices to average over."""
+    """Values of k on a Mean@k curve: all of 1..rollouts except those with too many choices to average over."""
     return [k for k in range(1, rollouts + 1) if math.comb(rollouts, k) <= LARGEST_CHOICE]
 
 

@@ -1,4 +1,4 @@
-"""Calibration of the soft reward: is what is given 70 % right 70 % of the time?"""
+"""Calibration of the soft reward: are people in favour 70 % of the time where the policy says 70 %?"""
 
 import math
 
@@ -17,9 +17,9 @@ RATING_EDGES = np.arange(1, 7.25, 0.5)  # bins of an expected rating
 
 
 def probability_bins(probabilities: ArrayLike, bins: int) -> NDArray[np.intp]:
-    """Number of the bin, of `bins` equally wide ones over [0, 1], that each probability falls into.
+    """Assign each probability to one of `bins` equally wide bins over [0, 1].
 
-    Bin b is [b / bins, (b + 1) / bins), the last one with its upper end.
+    Bin b is [b / bins, (b + 1) / bins); the last one includes its upper end.
 
     Args:
         probabilities: (N,) each in [0, 1].
@@ -28,7 +28,7 @@ def probability_bins(probabilities: ArrayLike, bins: int) -> NDArray[np.intp]:
     Returns:
         (N,) integers in 0..bins-1.
     """
-    # Searched among the edges themselves: 0.29 * 100 is less than 29.
+    # Compares with the edges themselves, since 0.29 * 100 is less than 29.
     edges = np.arange(1, bins) / bins
     return np.searchsorted(edges, np.asarray(probabilities, dtype=np.float64), side="right")
 

@@ -13,15 +13,15 @@ from workflow_scripts.preferences.schema import read_table
 from workflow_scripts.reporting.gallery import GALLERY
 from workflow_scripts.reporting.wording import POLICIES
 
-LARGEST_GALLERY = 9_000_000  # characters of the page that pictures and texts of the gallery may take
-MISTAKES = 8  # of the gallery that are listed
+LARGEST_GALLERY = 9_000_000  # characters that pictures and texts of the gallery may take in the page
+MISTAKES = 8  # listed above the gallery
 
 
 class Gallery:
     """Cards of all galleries, as many as the page may hold, and their pictures, each once."""
 
     def __init__(self, paths: list[Path], names: dict[str, dict[str, str]]) -> None:
-        """Read the galleries: prompt by prompt from each in turn, so that none is cut before the others."""
+        """Read the galleries in turn, prompt by prompt, so that all are cut alike where the page is full."""
         self.cards: list[dict[str, Any]] = []
         self.pictures: dict[str, str] = {}
         self.left_out = 0
@@ -42,7 +42,7 @@ class Gallery:
                     continue
                 self.pictures |= pictures
                 self.cards.append(card(rows, len(self.cards), names))
-        # Thirds among the policies of a training set: those of ratings and of pairs are not on one scale.
+        # Thirds by training set, since the confidence of ratings and that of pairs have different scales.
         for track in {c["track"] for c in self.cards}:
             own = [c for c in self.cards if c["track"] == track]
             low, high = np.quantile([c["confidence"] for c in own], [1 / 3, 2 / 3])
@@ -55,7 +55,7 @@ class Gallery:
         return sorted(wrong, key=lambda c: (c["level"] != "high", -c["confidence"]))[:MISTAKES]
 
     def filters(self, names: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
-        """What the cards can be chosen by; nothing that is the same for all."""
+        """Filters with their choices; one with a single choice is left out, but for the first four."""
         titles = {
             "outcome": ("agreement with people", {"all": "every pair right", "most": "most pairs right"}),
             "confidence": ("confidence", {"low": "lowest third", "middle": "middle third", "high": "highest third"}),
@@ -75,13 +75,13 @@ class Gallery:
 
 
 def data_uri(image: bytes) -> str:
-    """A picture of a gallery as an address."""
+    """A picture of a gallery as a data URI."""
     kind = "png" if image.startswith(b"\x89PNG") else "webp"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def card(rows: list[dict[str, Any]], number: int, names: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """A prompt with its images by one policy, as the page wants it."""
+    """Template variables of one prompt with its images, ranked by one policy."""
     first = rows[0]
     judged = [row for row in rows if row["rollouts"]]
     pairs, right = sum(row["pairs"] for row in rows), sum(row["pairs_right"] for row in rows)
@@ -113,7 +113,7 @@ def card(rows: list[dict[str, Any]], number: int, names: dict[str, dict[str, str
         "test": first["dataset"],
         "policy_name": f"{POLICIES[first['policy']]}, {names['track'][first['track']]}, seed {first['seed']}",
         "test_name": f"test set {names['test'][first['dataset']]}",
-        # Each pair is counted at both of its images.
+        # Both images of a pair count it.
         "agreement": f"{right / 2:g} of {pairs // 2} pairs right" if pairs else "no ranked pair",
         "outcome": outcome,
         "confidence": float(np.mean([row["confidence"] for row in judged or rows])),
@@ -123,7 +123,7 @@ def card(rows: list[dict[str, Any]], number: int, names: dict[str, dict[str, str
 
 
 def bars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """Mean share in % of each answer about an image, named; none for an anchor."""
+    """Name and mean share in % of each answer about an image; nothing for an anchor."""
     if row["distribution"] is None:
         return []
     shares = 100 * np.array(row["distribution"])
@@ -132,7 +132,7 @@ def bars(row: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def thought(rollout: dict[str, Any]) -> dict[str, str]:
-    """What a rollout thought, and what it said."""
+    """Reasoning of a rollout, and a line on its answer."""
     thinking = rollout["text"].partition(CLOSE_THINKING)[0].strip().removeprefix("<think>").strip()
     answer = rollout["sampled_answer"]
     if rollout["second"] is None:

@@ -1,4 +1,4 @@
-"""Comparisons of two images as a policy judges them and as people do, and what the order of presentation does."""
+"""Comparisons of two images by a policy and by people, and the effect of the presentation order."""
 
 import numpy as np
 import pandas as pd
@@ -41,9 +41,9 @@ def comparisons(seed: Recorded, mean: bool = False) -> pd.DataFrame:
 
 
 def rated_comparisons(seed: Recorded, mean: bool = False) -> pd.DataFrame:
-    """The same of a policy that rates: probability that a rating of one image is higher than one of the other.
+    """Comparisons by a policy that rates: the probability that a rating of one image is higher than one of the other.
 
-    Which of two images is the first is decided by their names, as it is for anchors: published order tells who is best.
+    The names of two images decide which is the first, as for anchors, since the published order reveals the better one.
 
     Args:
         seed: what was recorded of the policy.

@@ -15,6 +15,7 @@ from workflow_scripts.reporting import agreement, calibration, comparisons, draw
 from workflow_scripts.reporting.policies import Policies
 
 POLICY = ["case", "track", "test", "policy"]
+METHOD = [*POLICY, "method"]
 INTERVAL = ["mean", "low", "high"]
 BIN = ["bin_low", "bin_high", "predicted", *INTERVAL, "count"]
 
@@ -37,12 +38,7 @@ FIGURES = {
         training.training_curves,
         drawing.training_curves,
     ),
-    "mean_at_k": Plot(
-        "Mean@k",
-        [*POLICY, "method", "k", "tokens", *INTERVAL],
-        agreement.mean_at_k,
-        drawing.mean_at_k,
-    ),
+    "mean_at_k": Plot("Mean@k", [*METHOD, "k", "tokens", *INTERVAL], agreement.mean_at_k, drawing.mean_at_k),
     "calibration_pairs": Plot(
         "Reliability of pairs",
         [*POLICY, "rollouts", *BIN, "brier", "ece"],
@@ -63,31 +59,26 @@ FIGURES = {
     ),
     "rank_distance": Plot(
         "Agreement by rank distance",
-        [*POLICY, "method", "distance", *INTERVAL, "count"],
+        [*METHOD, "distance", *INTERVAL, "count"],
         agreement.rank_distance,
         drawing.rank_distance,
     ),
     "confidence": Plot(
         "Agreement by score difference",
-        [*POLICY, "method", "fifth", *INTERVAL, "count"],
+        [*METHOD, "fifth", *INTERVAL, "count"],
         agreement.confidence,
         drawing.confidence,
     ),
-    "tie_rules": Plot(
-        "Tie rules",
-        [*POLICY, "method", "k", "tie", *INTERVAL],
-        agreement.tie_rules,
-        drawing.tie_rules,
-    ),
+    "tie_rules": Plot("Tie rules", [*METHOD, "k", "tie", *INTERVAL], agreement.tie_rules, drawing.tie_rules),
     "presentation_order": Plot(
         "Presentation order",
-        [*POLICY, "method", "order", *INTERVAL, "count"],
+        [*METHOD, "order", *INTERVAL, "count"],
         comparisons.presentation_order,
         drawing.presentation_order,
     ),
     "anchor_rank": Plot(
         "Anchor",
-        [*POLICY, "method", "anchor_rank", *INTERVAL, "count"],
+        [*METHOD, "anchor_rank", *INTERVAL, "count"],
         agreement.anchor_rank,
         drawing.anchor_rank,
     ),

@@ -1,4 +1,4 @@
-"""The gallery: prompts of a test set with their images in predicted and in human order, and the thoughts behind it."""
+"""The gallery: prompts of a test set with their images in predicted and in human order, and the reasoning."""
 
 import io
 import math
@@ -21,7 +21,7 @@ GALLERY_ROLLOUT = pa.struct(
     [
         ("k", pa.int32()),
         ("text", pa.string()),
-        ("answer_probabilities", pa.list_(pa.float64())),  # over the answers in ascending order, as they were asked for
+        ("answer_probabilities", pa.list_(pa.float64())),  # of the answers in ascending order, as the policy gave them
         ("soft", pa.float64()),  # score of this image by this rollout alone
         ("sampled_answer", pa.int8()),  # null: none, or not a valid one
         ("forced", pa.bool_()),  # the engine closed the thinking
@@ -52,8 +52,9 @@ GALLERY = pa.schema(
         pa.field("pairs_right", pa.float64(), nullable=False),  # of these ordered right, a tie counting half
         pa.field("right", pa.bool_()),  # more than half of its pairs are; null: it has none
         pa.field("confidence", pa.float64(), nullable=False),
-        # Mean probability of each answer, for pairs of (anchor, this image); null: an anchor.
-        pa.field("distribution", pa.list_(pa.float64())),
+        pa.field(
+            "distribution", pa.list_(pa.float64())
+        ),  # mean of the answers, or of anchor and image; null: an anchor
         pa.field("rollouts", pa.list_(GALLERY_ROLLOUT), nullable=False),  # none: an anchor
     ]
 )
@@ -106,7 +107,7 @@ def gallery_rows(
                     "pairs": int(pairs[i]),
                     "pairs_right": float(right[i]),
                     "right": bool(2 * right[i] > pairs[i]) if pairs[i] else None,
-                    # An anchor has part in all comparisons of its prompt.
+                    # An anchor takes part in all comparisons of its prompt.
                     "confidence": float(np.mean([c for c in certain if c is not None])) if anchor else certain[i],
                     "distribution": distributions[i],
                     "rollouts": [shown_rollout(row) for row in behind[i]],
@@ -158,7 +159,7 @@ def pairs_by_image(scores: ArrayLike, ranks: ArrayLike | None) -> tuple[NDArray[
 
 
 def encoded(picture: Image.Image) -> tuple[bytes, tuple[int, int]]:
-    """WebP of a picture with its width and height, scaled down to LONGEST_SIDE; without loss where it is no larger."""
+    """WebP of a picture with its width and height: scaled down to LONGEST_SIDE, or lossless if it is no larger."""
     small = picture.copy()
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Jobs behind a report, from their sidecars: their settings, and when and from which code they made it."""
+"""Jobs behind a report, from their sidecars: settings, time, memory and code."""
 
 import json
 from collections import defaultdict
@@ -12,7 +12,7 @@ from workflow_scripts.running.provenance import read_sidecar, sidecar_path
 
 
 def jobs_behind(sidecars: dict[str, Any]) -> list[dict[str, Any]]:
-    """Sidecars of all jobs that these files were made by, directly or not, as far as their files are still there."""
+    """Sidecars of all jobs that these jobs depend on, directly or not, where the files still exist."""
     found: dict[str, dict[str, Any]] = {}
     waiting = list(sidecars.values())
     while waiting:
@@ -24,7 +24,7 @@ def jobs_behind(sidecars: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def settings(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By stage, in the order in which they ran: every key with its value, or its values where jobs differ."""
+    """Settings by stage, in the order of execution: each key with its value, or with all values where jobs differ."""
     stages: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for job in jobs:
         stages[job["stage"]].append(flat(job["config"]))
@@ -41,7 +41,7 @@ def settings(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def provenance_table(jobs: list[dict[str, Any]]) -> dict[str, Any]:
-    """By stage: jobs, time, memory, code; and when and from which commit all of it was made."""
+    """Jobs, time, memory and code by stage, with the dates and commits of all jobs."""
     frame = pd.DataFrame(
         [{k: job[k] for k in ("stage", "seconds", "peak_memory_megabytes", "code_digest")} for job in jobs]
     )

@@ -41,82 +41,71 @@ class Rule(NamedTuple):
     missing: MissingAnswerRule
 
 
-def all_rules(
-    scores: Mapping[str, Arrays],
-    orders: Mapping[str, Arrays],
+class Measurement(NamedTuple):
+    """A rule with what it is applied to."""
+
+    rule: Rule
+    scores: Arrays
+    """(N, K) of each prompt."""
+    ranks: Arrays
+    """(N,) of each prompt."""
+
+
+def measurements(
+    prompts: Sequence[JudgedPrompt],
+    true_ranks: Mapping[str, float],
     official: Protocol,
     report_k: Sequence[int],
     missing_answer: MissingAnswerRule,
-) -> list[Rule]:
-    """Every rule that a policy is measured under; the baselines (first listed, annotator, noise-free order) have one.
-
-    Args:
-        scores: those that there are, by method, as `all_scores` returns them.
-        orders: those that there are, by name, as `all_orders` returns them.
-        official: protocol of the test set.
-        report_k: values of k.
-        missing_answer: configured rule for missing answers, under which tied ranks are counted if `official` does so.
-    """
-    rules: list[Rule] = []
-    for method, against, k in itertools.product(METHODS, orders, report_k):
-        both = itertools.product(TIES, MISSING)
-        rules += [Rule(method, k, against, tie, "dropped", missing) for tie, missing in both]
-        if against == LABELS and official.label_tie == "right":
-            rules.append(Rule(method, k, against, official.tie, "right", missing_answer))
-    rules += [Rule("first listed", 1, against, "wrong", "dropped", "wrong") for against in orders]
-    if "single annotator" in scores:
-        rules.append(Rule("single annotator", 1, LABELS, official.tie, official.label_tie, "wrong"))
-    if NOISE_FREE in scores:
-        # Equal utilities are ordered by chance: half a point is what a scorer without ties can expect.
-        rules.append(Rule(NOISE_FREE, 1, LABELS, "half", official.label_tie, "wrong"))
-    return rules
-
-
-def all_orders(prompts: Sequence[JudgedPrompt], true_ranks: Mapping[str, float]) -> dict[str, Arrays]:
-    """(N,) ranks of each prompt by what they are: the labels, and the noise-free order where `true_ranks` knows it.
+) -> list[Measurement]:
+    """List everything that is measured: the policy under every rule, and the baselines under one each.
 
     Args:
         prompts: of the test set; all have ranks.
-        true_ranks: noise-free rank of each image; empty where it is not known.
+        true_ranks: noise-free rank of each image; empty for published data.
+        official: protocol of the test set.
+        report_k: values of k.
+        missing_answer: configured rule for missing answers; where `official` counts tied ranks, they count under it.
     """
     orders: dict[str, Arrays] = {LABELS: [prompt.ranks for prompt in prompts]}
     if true_ranks:
         orders[NOISE_FREE] = [np.array([true_ranks[image] for image in prompt.image_ids]) for prompt in prompts]
-    return orders
-
-
-def all_scores(prompts: Sequence[JudgedPrompt], orders: Mapping[str, Arrays]) -> dict[str, Arrays]:
-    """(N, K) scores of each prompt by method: those of the policy, and the baselines that can be told."""
-    scores = {method: [prompt.scores[method] for prompt in prompts] for method in METHODS}
-    scores["first listed"] = [first_listed(len(prompt.image_ids)) for prompt in prompts]
+    found = []
+    for method, (against, ranks), k in itertools.product(METHODS, orders.items(), report_k):
+        scores = [prompt.scores[method] for prompt in prompts]
+        rules = [Rule(method, k, against, tie, "dropped", missing) for tie in TIES for missing in MISSING]
+        if against == LABELS and official.label_tie == "right":
+            rules.append(Rule(method, k, against, official.tie, "right", missing_answer))
+        found += [Measurement(rule, scores, ranks) for rule in rules]
+    listed = [first_listed(len(prompt.image_ids)) for prompt in prompts]
+    for against, ranks in orders.items():
+        found.append(Measurement(Rule("first listed", 1, against, "wrong", "dropped", "wrong"), listed, ranks))
     if annotators := [-prompt.annotations.T for prompt in prompts if prompt.annotations is not None]:
-        scores["single annotator"] = annotators
-    if NOISE_FREE in orders:
-        scores[NOISE_FREE] = [-ranks[:, None] for ranks in orders[NOISE_FREE]]
-    return scores
+        rule = Rule("single annotator", 1, LABELS, official.tie, official.label_tie, "wrong")
+        found.append(Measurement(rule, annotators, orders[LABELS]))
+    if true_ranks:
+        # Equal utilities are ordered by chance: half a point is what a scorer without ties can expect.
+        rule = Rule(NOISE_FREE, 1, LABELS, "half", official.label_tie, "wrong")
+        found.append(Measurement(rule, [-ranks[:, None] for ranks in orders[NOISE_FREE]], orders[LABELS]))
+    return found
 
 
-def credits_under(
-    rules: Sequence[Rule], scores: Mapping[str, Arrays], orders: Mapping[str, Arrays], neutral: float
-) -> list[Credit]:
-    """Credit and counted pairs of each prompt, (n_prompts,) float64 each, under each rule.
+def credits_of(measured: Sequence[Measurement], neutral: float) -> list[Credit]:
+    """Credit and counted pairs of each prompt, (n_prompts,) float64 each, by every measurement.
 
     Args:
-        rules: as `all_rules` returns them.
-        scores: (N, K) scores of each prompt by method.
-        orders: (N,) ranks of each prompt by what they are.
+        measured: as `measurements` returns them.
         neutral: the score that prefers nothing, put in the place of missing ones by the rule "neutral".
     """
     compared: dict[tuple[str, str, int, bool], Outcomes] = {}  # the rules for ties and missing answers share it
     found = []
-    for rule in rules:
+    for rule, scores, ranks in measured:
         filled = rule.missing == "neutral"
         key = (rule.method, rule.against, rule.k, filled)
         if key not in compared:
-            values = scores[rule.method]
-            complete = not any(np.isnan(one).any() for one in values)
-            values = [fill_missing(one, neutral) for one in values] if filled else values
-            compared[key] = prompt_outcomes(values, orders[rule.against], rule.k)
+            complete = not any(np.isnan(one).any() for one in scores)
+            values = [fill_missing(one, neutral) for one in scores] if filled else scores
+            compared[key] = prompt_outcomes(values, ranks, rule.k)
             if complete:
                 compared[*key[:3], not filled] = compared[key]
         missing = "wrong" if rule.missing == "neutral" else rule.missing

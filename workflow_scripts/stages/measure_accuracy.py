@@ -23,7 +23,7 @@ from workflow_scripts.files.records import check_file
 from workflow_scripts.files.writing import replacing, write_json
 from workflow_scripts.preferences.schema import SUBSET, read_table
 from workflow_scripts.running.command_line import Input, Output, StageArguments
-from workflow_scripts.scoring.accuracies import all_orders, all_rules, all_scores, cells, credits_under
+from workflow_scripts.scoring.accuracies import cells, credits_of, measurements
 from workflow_scripts.scoring.judged_prompts import judged_prompts
 from workflow_scripts.scoring.protocols import NEUTRAL, OFFICIAL
 from workflow_scripts.tracking.stage_run import run_stage
@@ -67,10 +67,8 @@ def main() -> None:
         prompts = judged_prompts(read_table(arguments.subset, SUBSET).to_pylist(), table)
 
         official = OFFICIAL[config.test]
-        orders = all_orders(prompts, truth)
-        scores = all_scores(prompts, orders)
-        rules = all_rules(scores, orders, official, config.report_k, config.missing_answer)
-        credits = credits_under(rules, scores, orders, NEUTRAL[config.protocol])
+        asked = measurements(prompts, truth, official, config.report_k, config.missing_answer)
+        rules, credits = [one.rule for one in asked], credits_of(asked, NEUTRAL[config.protocol])
         measured = cells(rules, credits, **config.bootstrap.model_dump())
 
         write_json(
