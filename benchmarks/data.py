@@ -227,6 +227,7 @@ def tables(folder: Path, seeds: int = 5, rollouts: int = 10) -> list[Row]:
         place.mkdir(parents=True)
         judged = write_test_set(place / "subset.parquet", dataset, prompts)
         write_record(place)
+        write_json(place / "training.json", {"warnings": []})
         for policy in ("zeroshot", "grpo"):
             for seed in range(seeds):
                 recorded = place / f"{policy}-{seed}-rollouts.parquet"
@@ -238,7 +239,7 @@ def tables(folder: Path, seeds: int = 5, rollouts: int = 10) -> list[Row]:
                 if policy == "grpo":
                     adapters.append(place / f"adapter-{seed}.safetensors")
                     adapters[-1].write_bytes(b"")
-                    write_sidecar(adapters[-1], config={"track": dataset, "seed": seed}, warnings=[])
+                    write_sidecar(adapters[-1], config={"track": dataset, "seed": seed})
     base = folder / "manifest.json"
     write_json(base, {"repository": None, "path": "models/made-up"})
     write_sidecar(base)

@@ -54,7 +54,7 @@ rule make_figures:
         drawings=[
             report(
                 f"{RESULTS}/figures/{name}.svg",
-                caption=f"../report/captions/{name}.rst",
+                caption=f"../workflow_scripts/reporting/captions/{name}.rst",
                 category="Figures",
             )
             for name in targets.FIGURES
@@ -90,7 +90,7 @@ rule make_report:
     output:
         page=report(
             f"{RESULTS}/report.html",
-            caption="../report/captions/report.rst",
+            caption="../workflow_scripts/reporting/captions/report.rst",
             category="Report",
         ),
         provenance=f"{RESULTS}/report.html{SUFFIX}",

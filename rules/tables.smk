@@ -20,7 +20,7 @@ rule make_tables:
         **{
             name: report(
                 f"{RESULTS}/{name}.csv",
-                caption=f"../report/captions/{name}.rst",
+                caption=f"../workflow_scripts/reporting/captions/{name}.rst",
                 category="Tables",
             )
             for name in ("table1", "table2", "comparisons", "sensitivity")

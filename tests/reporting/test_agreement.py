@@ -10,16 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from workflow_scripts.reporting.agreement import (
-    LARGEST_CHOICE,
-    Resampling,
-    curve_ks,
-    grouped_mean,
-    judged_pairs,
-    judged_prompts,
-    mean_at_k,
-    score_matrices,
-)
+from workflow_scripts.reporting.agreement import LARGEST_CHOICE, accuracy_at_k, curve_ks, grouped_mean, pair_verdicts
+from workflow_scripts.scoring.bootstrap import Resampling
+from workflow_scripts.scoring.judged_prompts import JudgedPrompt
 
 ANY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 RESAMPLING = Resampling(0.95, 200, 0)
@@ -37,13 +30,10 @@ PROMPTS = st.lists(
 )
 
 
-def prompts_and_scores(given: Any) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """Arguments of judged_pairs."""
-    prompts = [
-        {"prompt_id": f"p{i}", "image_ids": [f"{i}-{j}" for j in range(len(ranks))], "ranks": np.array(ranks, float)}
-        for i, (ranks, _) in enumerate(given)
-    ]
-    return prompts, [np.array(scores) for _, scores in given]
+def judged(number: int, ranks: Any, scores: Any) -> JudgedPrompt:
+    """A prompt whose images have these ranks and soft scores."""
+    images = [f"{number}-{j}" for j in range(len(ranks))]
+    return JudgedPrompt(f"p{number}", "a p", images, np.array(ranks, float), None, None, {"soft": np.array(scores)})
 
 
 @ANY
@@ -63,27 +53,11 @@ def test_pairs_are_those_that_people_rank_strictly(given: Any, missing: str) -> 
             else:
                 correct = (np.sign(difference) + 1) / 2
             expected[f"{i}-{better}", f"{i}-{worse}"] = (abs(ranks[a] - ranks[b]), correct)
-    table = judged_pairs(*prompts_and_scores(given), missing, 4.0)
+    table = pair_verdicts([judged(i, *prompt) for i, prompt in enumerate(given)], "soft", missing, 4.0)  # type: ignore[arg-type]
     found = {(r.better, r.worse): (r.distance, r.correct) for r in table.itertuples()}
     assert found.keys() == expected.keys() and len(table) == len(expected)
     for pair, values in expected.items():
         assert found[pair] == pytest.approx(values, nan_ok=True)
-
-
-def test_unjudged_prompts_and_unreadable_images_are_left_out() -> None:
-    rows = [
-        {"prompt_id": "p", "image_ids": ["b", "a", "c"], "ranks": [2, 1, 3], "ratings": [5, 7, 1]},
-        {"prompt_id": "q", "image_ids": ["d"], "ranks": [1], "ratings": [4]},
-    ]
-    scores = pd.DataFrame(
-        [("p", image, k, 10 * k + value) for k in (1, 0) for image, value in (("c", 3.0), ("b", 2.0))],
-        columns=["prompt_id", "image_id", "k", "soft"],
-    )
-    (prompt,) = judged_prompts(rows, scores)
-    assert prompt["image_ids"] == ["b", "c"]
-    assert prompt["ranks"].tolist() == [2, 3] and prompt["ratings"].tolist() == [5, 1]
-    (matrix,) = score_matrices(scores, [prompt], "soft")
-    assert matrix.tolist() == [[2, 12], [3, 13]]
 
 
 def test_means_of_groups_with_intervals_that_hold_the_truth() -> None:
@@ -100,11 +74,11 @@ def test_means_of_groups_with_intervals_that_hold_the_truth() -> None:
 
 
 def test_seeds_are_averaged_and_every_choice_of_rollouts_counts() -> None:
-    ranks = [np.array([1.0, 2.0])]
     right, wrong = np.array([[2.0, 2.0, 0.0], [1.0, 1.0, 1.0]]), np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
 
     def estimate(seeds: list[np.ndarray], k: int) -> float:
-        return mean_at_k([([s], ranks) for s in seeds], k, "half", "wrong", 4.0, "micro", RESAMPLING).estimate
+        prompts = [[judged(0, [1, 2], scores)] for scores in seeds]
+        return accuracy_at_k(prompts, "soft", k, "half", "wrong", 4.0, "micro", RESAMPLING).estimate
 
     assert estimate([right], 1) == pytest.approx(2 / 3)
     assert estimate([right], 2) == pytest.approx((1 + 0.5 + 0.5) / 3)  # mean 1 against 1 is a tie

@@ -12,8 +12,8 @@ from workflow_scripts.reporting.calibration import (
     brier_score,
     expected_calibration_error,
     probability_bins,
-    probability_higher,
 )
+from workflow_scripts.reporting.comparisons import probability_higher
 
 ANY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 JUDGED = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40)

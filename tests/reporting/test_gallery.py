@@ -7,11 +7,15 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from PIL import Image
 
-from workflow_scripts.reporting.gallery import GALLERY, LONGEST_SIDE, confidence, encoded, gallery_rows, judged_pairs
+from workflow_scripts.reporting.gallery import GALLERY, LONGEST_SIDE, confidence, encoded, pairs_by_image
+from workflow_scripts.reporting.gallery import gallery_rows as rows_of
+from workflow_scripts.scoring.image_scores import rollout_scores
+from workflow_scripts.scoring.judged_prompts import judged_prompts
 
 ORIGIN = {"dataset": "imagereward", "track": "imagereward", "policy": "grpo", "seed": 0}
 
@@ -26,7 +30,26 @@ def rollout(prompt: str, image: str, k: int, probabilities: list[float], **other
 def subset_row(prompt: str, ranks: list[int] | None, ratings: list[int] | None = None) -> dict[str, Any]:
     """A test prompt of five images."""
     images = [f"{prompt}-{i}" for i in range(5)]
-    return {"prompt_id": prompt, "prompt": f"a {prompt}", "image_ids": images, "ranks": ranks, "ratings": ratings}
+    row = {"prompt_id": prompt, "prompt": f"a {prompt}", "image_ids": images, "ranks": ranks, "ratings": ratings}
+    return row | {"annotations": None}
+
+
+def gallery_rows(
+    prompts: list[dict[str, Any]],
+    scores: dict[str, dict[str, list[float]]],
+    rollouts: list[dict[str, Any]],
+    pictures: dict[str, Image.Image],
+    answers: tuple[int, ...],
+) -> list[dict[str, Any]]:
+    """Rows of the gallery, from scores by prompt and image and rollouts as they are recorded."""
+    table = [
+        {"prompt_id": p, "image_id": image, "k": k, "soft": soft, "hard": soft}
+        for p, images in scores.items()
+        for image, values in images.items()
+        for k, soft in enumerate(values)
+    ]
+    scored = rollout_scores(pd.DataFrame(rollouts), answers)
+    return list(rows_of(judged_prompts(prompts, pd.DataFrame(table)), scored, pictures))
 
 
 @pytest.fixture
@@ -46,7 +69,7 @@ def test_ratings_by_pair_counting(pictures: dict[str, Image.Image]) -> None:
     scores = {p: {f"{p}-{i}": [float(rng.randint(1, 3)) for _ in range(3)] for i in range(5)} for p in "ab"}
     del scores["a"]["a-3"]
     recorded = [rollout(p, image, k, [1 / 7] * 7) for p in "ab" for image in scores[p] for k in range(3)]
-    rows = list(gallery_rows(prompts, scores, recorded, pictures, tuple(range(1, 8))))
+    rows = gallery_rows(prompts, scores, recorded, pictures, tuple(range(1, 8)))
     pa.Table.from_pylist([row | ORIGIN for row in rows], schema=GALLERY).validate(full=True)
 
     assert [row["prompt_id"] for row in rows] == ["a"] * 4 + ["b"] * 5  # c has no score
@@ -102,8 +125,7 @@ def test_pairs_with_their_anchor(pictures: dict[str, Image.Image]) -> None:
     [([[1, 0, 0], [1, 0, 0]], 1.0), ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], 0.0), ([[0.5, 0.5, 0]], 1 - math.log(2, 3))],
 )
 def test_confidence(answers: list[list[float]], expected: float) -> None:
-    rollouts = [{"answer_probabilities": p, "second": None} for p in answers]
-    assert confidence(rollouts) == pytest.approx(expected, abs=1e-12)
+    assert confidence(np.mean(answers, axis=0)) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(("size", "shown"), [((40, 30), (40, 30)), ((1024, 512), (256, 128)), ((300, 900), (85, 256))])
@@ -122,5 +144,5 @@ def test_all_pairs_are_counted_twice() -> None:
     """Once for each of its two images."""
     ranks = [1, 2, 2, 4]
     strict = sum(a != b for a, b in combinations(ranks, 2))
-    pairs, right = judged_pairs(np.array([4.0, 3.0, 2.0, 1.0]), ranks)
+    pairs, right = pairs_by_image(np.array([4.0, 3.0, 2.0, 1.0]), ranks)
     assert pairs.sum() == right.sum() == 2 * strict

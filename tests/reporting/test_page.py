@@ -17,12 +17,10 @@ from PIL import Image
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.stages import MakeReport
 from workflow_scripts.configuration.targets import FIGURES as CONFIGURED
-from workflow_scripts.reporting import drawing
+from workflow_scripts.reporting import cards, drawing
+from workflow_scripts.reporting.figures import FIGURES
 from workflow_scripts.reporting.gallery import GALLERY
-from workflow_scripts.reporting.page import render
-from workflow_scripts.stages import make_report
-from workflow_scripts.stages.make_figures import FIGURES
-from workflow_scripts.stages.make_report import Arguments, content
+from workflow_scripts.reporting.page import CAPTIONS, content, render
 
 ATTACK = '<script>document.title = "taken"</script><img src="https://example.org/x" onerror="document.title=1">"\'&'
 CHROMIUM = shutil.which("chromium")
@@ -51,6 +49,7 @@ def gallery_rows(track: str, policy: str, rights: list[float]) -> list[dict[str,
                 | {"width": 120, "height": 80, "anchor": anchor, "human_rank": 1.0 + i, "human_rating": None}
                 | {"predicted_rank": 1 + i, "score": 0.7 - i / 5, "score_se": None, "pairs": 1, "pairs_right": right}
                 | {"right": right > 0.5, "confidence": number / 10, "rollouts": [] if anchor else [rollout]}
+                | {"distribution": None if anchor else answers}
             )
     return rows
 
@@ -81,10 +80,10 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ],
     }  # fmt: skip
     (folder / "figures").mkdir()
-    for name, (draw, columns) in FIGURES.items():
-        table = pd.DataFrame(made.get(name, []), columns=columns)
+    for name, plot in FIGURES.items():
+        table = pd.DataFrame(made.get(name, []), columns=plot.columns)
         table.to_csv(folder / "figures" / f"{name}.csv", index=False)
-        figure = drawing.nothing("none") if table.empty else draw(table)
+        figure = drawing.nothing("none") if table.empty else plot.draw(table)
         drawing.save(figure, folder / "figures" / f"{name}.svg", "svg")
     galleries = {"a": ("imagereward", "zeroshot", [0.0, 1.0, 1.0]), "b": ("hpsv2", "grpo", [1.0, 0.0, 0.5])}
     for name, rows in galleries.items():
@@ -92,14 +91,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     sidecar: dict[str, Any] = {"stage": "train_grpo", "stage_key": "k", "config": {"track": "hpsv2", "seed": 0}}
     sidecar |= {"warnings": [ATTACK], "seconds": 60.0, "peak_memory_megabytes": 9, "code_digest": "c", "inputs": {}}
     sidecar |= {"git_commit": "abc", "started": "2026-01-01T00:00:00+00:00", "versions": {"torch": "2"}}
-    arguments = Arguments(
-        galleries=[folder / name for name in galleries],
-        table1=folder / "table1.csv",
-        figures=folder / "figures" / "training_curves.csv",
-        page=folder / "report.html",
-        config=MakeReport.of(Configuration()),
-    )
-    return content(arguments, {"adapter": sidecar})[0]
+    paths = [folder / name for name in galleries]
+    return content(paths, folder, folder / "figures", MakeReport.of(Configuration()), {"adapter": sidecar})[0]
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +156,15 @@ def test_what_does_not_fit_is_left_out_evenly(tmp_path: Path, monkeypatch: pytes
         rows = gallery_rows("imagereward", name, [1.0] * 5)
         pq.write_table(pa.Table.from_pylist(rows, GALLERY), tmp_path / name)
     names = {"track": {"imagereward": "A"}, "test": {"imagereward": "A"}}
-    monkeypatch.setattr(make_report, "LARGEST_GALLERY", 14_000)
-    gallery = make_report.Gallery([tmp_path / "zeroshot", tmp_path / "grpo"], names)
+    monkeypatch.setattr(cards, "LARGEST_GALLERY", 14_000)
+    gallery = cards.Gallery([tmp_path / "zeroshot", tmp_path / "grpo"], names)
     kept = [card["policy"] for card in gallery.cards]
     assert 0 < len(kept) < 10 and gallery.left_out == 10 - len(kept)
     assert abs(kept.count("zeroshot") - kept.count("grpo")) <= 1
 
 
 def test_figures_are_named_once() -> None:
-    assert tuple(FIGURES) == CONFIGURED and set(make_report.FIGURES) == set(CONFIGURED)
+    assert tuple(FIGURES) == CONFIGURED and all((CAPTIONS / f"{name}.rst").is_file() for name in FIGURES)
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])

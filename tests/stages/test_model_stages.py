@@ -38,7 +38,7 @@ from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS
 from workflow_scripts.preferences.schema import SUBSET, write_preferences
-from workflow_scripts.scoring.image_scores import image_scores
+from workflow_scripts.scoring.image_scores import image_scores, rollout_scores
 from workflow_scripts.stages import train_grpo
 from workflow_scripts.stages.score_rollouts import SCORE
 from workflow_scripts.training.checkpoints import last_complete_checkpoint
@@ -113,7 +113,7 @@ def check_scores(rollouts: list[dict[str, Any]], answers: tuple[int, ...], shuff
     """Compare `image_scores` with the brute force."""
     expected = expected_scores(rollouts, answers)
     shuffle.shuffle(rollouts)
-    frame = image_scores(pd.DataFrame(rollouts), answers)
+    frame = image_scores(rollout_scores(pd.DataFrame(rollouts), answers))
     assert set(SCORE.names) <= set(frame.columns)
     assert len(frame) == len(expected)
     for row in frame.to_dict("records"):
@@ -338,7 +338,8 @@ def tables(run_main: Any, with_sidecar: Any, tmp_path: Path) -> dict[str, Any]:
     write_json(base, {"repository": None, "path": "models/tiny-qwen2.5-vl"})
     adapter.write_bytes(b"weights")
     with_sidecar(base)
-    with_sidecar(adapter, config={"track": "imagereward", "seed": 0}, warnings=["the policy has collapsed"])
+    write_json(tmp_path / "training.json", {"warnings": ["the policy has collapsed"]})
+    with_sidecar(adapter, config={"track": "imagereward", "seed": 0})
     outputs = {name: tmp_path / f"{name}.csv" for name in ("table1", "table2", "comparisons", "sensitivity")}
     run_main(
         "make_tables",

@@ -38,7 +38,7 @@ from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.running.code_digest import code_digest
 from workflow_scripts.running.provenance import sidecar_path, verify
 from workflow_scripts.scoring.anchor_ranking import ANCHOR_SCORE
-from workflow_scripts.scoring.image_scores import image_scores
+from workflow_scripts.scoring.image_scores import image_scores, rollout_scores
 from workflow_scripts.scoring.mean_at_k import subset_means
 from workflow_scripts.training.sampling import as_in_training
 
@@ -302,9 +302,11 @@ class Judge:
 
 def judgements(rollouts: list[dict[str, Any]], answers: tuple[int, ...]) -> dict[Names, Judgement]:
     """Judgement of each image, from rows of `rollouts.record.ROLLOUT`; anchors of pairs are among them."""
-    frame = image_scores(pd.DataFrame(rollouts), answers)
+    scored = rollout_scores(pd.DataFrame(rollouts), answers)
+    frame = image_scores(scored)
     behind: dict[Names, list[dict[str, Any]]] = {}
-    for row in rollouts:
+    for row, probabilities, soft in zip(rollouts, scored["probabilities"], scored["soft"], strict=True):
+        row = row | {"probabilities": probabilities, "soft": soft}
         behind.setdefault((row["prompt_id"], row["candidate"]), []).append(row)
     found = {}
     for (prompt, image), group in frame.groupby(["prompt_id", "image_id"], sort=False):
@@ -315,24 +317,17 @@ def judgements(rollouts: list[dict[str, Any]], answers: tuple[int, ...]) -> dict
         soft = group["soft"].to_numpy()
         score = float(subset_means(soft[None], len(soft))[0, 0])
         error = float(soft.std(ddof=1) / np.sqrt(len(soft))) if len(soft) > 1 else None
-        mean = np.mean([_probabilities(row) for row in behind[name]], axis=0)
+        mean = np.mean([row["probabilities"] for row in behind[name]], axis=0)
         distribution = {str(answer): float(p) for answer, p in zip(answers, mean, strict=True)}
-        thoughts = [_thought(row, answers) for row in behind[name]]
+        thoughts = [_thought(row) for row in behind[name]]
         found[name] = Judgement(score, error, distribution, float(group["forced"].mean()), thoughts)
     return found
 
 
-def _probabilities(row: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Probability of each answer in one rollout; for pairs turned so that 1 means that the candidate is preferred."""
-    values = np.exp(np.asarray(row["answer_logprobs"]))
-    return values[::-1] if row["candidate_second"] is False else values
-
-
-def _thought(row: dict[str, Any], answers: tuple[int, ...]) -> Thought:
-    score = float(_probabilities(row) @ np.asarray(answers))
+def _thought(row: dict[str, Any]) -> Thought:
     reasoning = row["text"].partition(CLOSE_THINKING)[0].removeprefix(OPEN_THINKING).strip()
     shown = None if row["anchor"] is None else ("second" if row["candidate_second"] else "first")
-    return Thought(reasoning, score, row["sampled_answer"], shown, row["forced"])
+    return Thought(reasoning, row["soft"], row["sampled_answer"], shown, row["forced"])
 
 
 def ranks_of(scores: Sequence[float]) -> list[int]:

@@ -1,68 +1,37 @@
-"""Where scores and people agree: their pairs of images with what sets them apart, and accuracies of groups of them."""
+"""Where scores and people agree: accuracies of all pairs of images, and of groups of them.
+
+Accuracies are over strictly ranked pairs of human labels, a predicted tie counting half unless it says otherwise, so
+that sampled answers and soft rewards can be compared on one scale. With several seeds of training they are means.
+"""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from workflow_scripts.scoring.bootstrap import Interval, accuracy_intervals
+from workflow_scripts.reporting.policies import Key, Policies, Recorded
+from workflow_scripts.scoring.accuracies import TIES
+from workflow_scripts.scoring.bootstrap import Interval, Resampling, accuracy_intervals
+from workflow_scripts.scoring.judged_prompts import METHODS, JudgedPrompt
 from workflow_scripts.scoring.mean_at_k import fill_missing
-from workflow_scripts.scoring.pair_accuracy import MissingRule, TieRule, credit, strict_pairs
-from workflow_scripts.scoring.protocols import Average, prompt_credit
+from workflow_scripts.scoring.pair_accuracy import TieRule, credit, strict_pairs
+from workflow_scripts.scoring.protocols import OFFICIAL, Average, MissingAnswerRule, prompt_credit
 
 LARGEST_CHOICE = 2000  # of k-subsets of the rollouts that one point of a curve averages over: 924 for 6 of 12
 
 
-class Resampling(NamedTuple):
-    """How intervals are made: percentile bootstrap over prompts."""
-
-    confidence: float
-    resamples: int
-    seed: int
-
-
-def judged_prompts(rows: list[dict[str, Any]], scores: pd.DataFrame) -> list[dict[str, Any]]:
-    """Test prompts that have scores, with the images that have: name, images, human ranks and ratings.
-
-    Args:
-        rows: of SUBSET.
-        scores: columns of SCORE.
-
-    Returns:
-        For each prompt `prompt_id`, `image_ids` (N), `ranks` (N,) float64 and `ratings` (N,) float64 or None.
-    """
-    images = scores.groupby("prompt_id")["image_id"].unique()
-    found = []
-    for row in rows:
-        if row["prompt_id"] not in images:
-            continue
-        readable = set(images[row["prompt_id"]])
-        kept = [i for i, name in enumerate(row["image_ids"]) if name in readable]
-        judged = {column: row[column] and np.array(row[column], float)[kept] for column in ("ranks", "ratings")}
-        found.append({"prompt_id": row["prompt_id"], "image_ids": [row["image_ids"][i] for i in kept], **judged})
-    return found
-
-
-def score_matrices(scores: pd.DataFrame, prompts: list[dict[str, Any]], column: str) -> list[NDArray[np.float64]]:
-    """Scores of each prompt, (N, K), in the order of its images; nan where a rollout gave none."""
-    wide = scores.pivot(index=["prompt_id", "image_id"], columns="k", values=column).sort_index(axis=1)
-    index = [(prompt["prompt_id"], image) for prompt in prompts for image in prompt["image_ids"]]
-    ends = np.cumsum([len(prompt["image_ids"]) for prompt in prompts])[:-1]
-    return np.split(wide.reindex(index).to_numpy(dtype=float), ends)
-
-
 def curve_ks(rollouts: int) -> list[int]:
-    """The k of a Mean@k curve: all of 1..rollouts but those with too many choices to average over."""
+    """Values of k on a Mean@k curve: all of 1..rollouts except those with too many choices to average over."""
     return [k for k in range(1, rollouts + 1) if math.comb(rollouts, k) <= LARGEST_CHOICE]
 
 
-def mean_at_k(
-    by_seed: list[tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]],
+def accuracy_at_k(
+    by_seed: Sequence[Sequence[JudgedPrompt]],
+    method: str,
     k: int,
     tie: TieRule,
-    missing: MissingRule | str,
+    missing: MissingAnswerRule,
     neutral: float,
     average: Average,
     resampling: Resampling,
@@ -70,42 +39,49 @@ def mean_at_k(
     """Accuracy at Mean@k over the strictly ranked pairs, averaged over the seeds of training.
 
     Args:
-        by_seed: for each seed scores and ranks of the same prompts, as `prompt_credit` takes them.
+        by_seed: for each seed the same prompts with its scores.
+        method: "soft" or "hard".
         k: number of rollouts averaged.
         tie: what equal scores count as.
-        missing: what a missing score does, "wrong", "neutral" or "dropped".
+        missing: what a missing score does.
         neutral: the score that prefers nothing.
         average: over pairs ("micro") or over prompts ("macro").
         resampling: of the interval.
     """
     credits = [
-        prompt_credit(scores, ranks, k=k, tie=tie, label_tie="dropped", missing=missing, neutral=neutral)  # type: ignore[arg-type]
-        for scores, ranks in by_seed
+        prompt_credit(
+            [prompt.scores[method] for prompt in prompts],
+            [prompt.ranks for prompt in prompts],
+            k=k,
+            tie=tie,
+            label_tie="dropped",
+            missing=missing,
+            neutral=neutral,
+        )
+        for prompts in by_seed
     ]
     correct, pairs = (np.mean(part, axis=0) for part in zip(*credits, strict=True))
     return accuracy_intervals([(correct, pairs)], average, *resampling)[0]
 
 
-def judged_pairs(
-    prompts: list[dict[str, Any]],
-    scores: list[NDArray[np.float64]],
-    missing: MissingRule | str,
-    neutral: float,
+def pair_verdicts(
+    prompts: Iterable[JudgedPrompt], method: str, missing: MissingAnswerRule, neutral: float
 ) -> pd.DataFrame:
-    """Every pair of images that people rank strictly, with the scores' verdict: mean of all rollouts, a tie half.
+    """Judge every pair of images that people rank strictly by the mean score of all rollouts, a tie counting half.
 
     Args:
-        prompts: of `judged_prompts`.
-        scores: (N, K) of each.
-        missing: as for `mean_at_k`.
-        neutral: as for `mean_at_k`.
+        prompts: of a test set.
+        method: "soft" or "hard".
+        missing: what a missing score does.
+        neutral: the score that prefers nothing.
 
     Returns:
-        `prompt_id`, `better` and `worse` (image names), `better_rank`, `distance` (difference of the human ranks),
-        `margin` (absolute difference of the scores) and `correct` (1, 0.5, 0; nan where the pair is dropped).
+        `prompt_id`, `better` and `worse` (image names), `distance` (difference of the human ranks), `margin` (absolute
+        difference of the scores) and `correct` (1, 0.5, 0; nan where the pair is dropped).
     """
     tables = []
-    for prompt, values in zip(prompts, scores, strict=True):
+    for prompt in prompts:
+        values = prompt.scores[method]
         given = fill_missing(values, neutral) if missing == "neutral" else values
         present = ~np.isnan(given)
         means = np.divide(
@@ -114,16 +90,16 @@ def judged_pairs(
             out=np.full(len(given), np.nan),
             where=present.any(axis=1),
         )
-        better, worse = strict_pairs(prompt["ranks"])
+        better, worse = strict_pairs(prompt.ranks)
         difference = means[better] - means[worse]
+        images = np.array(prompt.image_ids, dtype=object)
         tables.append(
             pd.DataFrame(
                 {
-                    "prompt_id": prompt["prompt_id"],
-                    "better": np.array(prompt["image_ids"], dtype=object)[better],
-                    "worse": np.array(prompt["image_ids"], dtype=object)[worse],
-                    "better_rank": prompt["ranks"][better],
-                    "distance": prompt["ranks"][worse] - prompt["ranks"][better],
+                    "prompt_id": prompt.prompt_id,
+                    "better": images[better],
+                    "worse": images[worse],
+                    "distance": prompt.ranks[worse] - prompt.ranks[better],
                     "margin": np.abs(difference),
                     "correct": credit(np.sign(difference), "half", "wrong" if missing != "dropped" else "dropped"),
                 }
@@ -154,3 +130,89 @@ def grouped_mean(frame: pd.DataFrame, by: list[str], value: str, resampling: Res
             {**keys, "mean": interval.estimate, "low": interval.low, "high": interval.high, "count": len(group)}
         )
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "count"])
+
+
+# ----------------------------------------------------------------------------------------------- tables of the figures
+
+
+def mean_at_k(policies: Policies) -> pd.DataFrame:
+    """Accuracy for every number of averaged rollouts, with the tokens that they take."""
+    rows = []
+    for key, seeds in policies.recorded.items():
+        tokens = float(np.mean([seed.rollouts["tokens"].mean() for seed in seeds]))
+        for method in METHODS:
+            for k in curve_ks(policies.rollouts(key)):
+                head = {**policies.head(*key), "method": method, "k": k, "tokens": k * tokens}
+                rows.append(head | _point(policies, key, method, k, "half"))
+    return pd.DataFrame(rows)
+
+
+def tie_rules(policies: Policies) -> pd.DataFrame:
+    """Accuracy of one rollout under every tie rule."""
+    rows = [
+        {**policies.head(*key), "method": method, "k": 1, "tie": tie} | _point(policies, key, method, 1, tie)
+        for key in policies.recorded
+        for method in METHODS
+        for tie in TIES
+    ]
+    return pd.DataFrame(rows)
+
+
+def _point(policies: Policies, key: Key, method: str, k: int, tie: TieRule) -> dict[str, float]:
+    """Accuracy of a policy at Mean@k with its interval."""
+    track, _, test = key
+    interval = accuracy_at_k(
+        [seed.prompts for seed in policies.recorded[key]],
+        method,
+        k,
+        tie,
+        policies.config.missing_answer,
+        policies.neutral(track),
+        OFFICIAL[test].average,
+        policies.resampling,
+    )
+    return {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def rank_distance(policies: Policies) -> pd.DataFrame:
+    """Accuracy by difference of the human ranks."""
+    return _by_group(policies, "distance", policies.recorded)
+
+
+def confidence(policies: Policies) -> pd.DataFrame:
+    """Accuracy by fifths of the difference of the soft scores; a sampled answer has hardly any differences."""
+    return _by_group(policies, "fifth", policies.recorded, ["soft"])
+
+
+def anchor_rank(policies: Policies) -> pd.DataFrame:
+    """Accuracy of pairwise policies by the human rank of the image that the others were compared with."""
+    return _by_group(policies, "anchor_rank", [key for key in policies.recorded if policies.pairwise(key[0])])
+
+
+def _by_group(policies: Policies, column: str, keys: Iterable[Key], methods: Iterable[str] = METHODS) -> pd.DataFrame:
+    """Accuracy by "distance", "fifth" or "anchor_rank"; empty without a key."""
+    tables = []
+    for key in keys:
+        for method in methods:
+            pairs = _all_pairs(policies, key, method)
+            pairs["fifth"] = np.ceil(pairs["margin"].rank(method="first") / len(pairs) * 5)
+            table = grouped_mean(pairs, [column], "correct", policies.resampling)
+            tables.append(table.assign(**policies.head(*key), method=method))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _all_pairs(policies: Policies, key: Key, method: str) -> pd.DataFrame:
+    """`pair_verdicts` of all seeds of a policy, each with the human rank of its prompt's anchor."""
+    missing, neutral = policies.config.missing_answer, policies.neutral(key[0])
+    tables = []
+    for seed in policies.recorded[key]:
+        pairs = pair_verdicts(seed.prompts, method, missing, neutral)
+        tables.append(pairs.assign(anchor_rank=pairs["prompt_id"].map(anchor_ranks(seed))))
+    return pd.concat(tables, ignore_index=True)
+
+
+def anchor_ranks(seed: Recorded) -> dict[str, float]:
+    """Human rank of each prompt's anchor; empty where images were judged by themselves."""
+    ranks = {prompt.prompt_id: dict(zip(prompt.image_ids, prompt.ranks, strict=True)) for prompt in seed.prompts}
+    anchors = seed.rollouts.groupby("prompt_id")["anchor"].first().dropna()
+    return {str(name): ranks[str(name)][anchor] for name, anchor in anchors.items()}

@@ -1,7 +1,8 @@
-"""Drawings of the figures' data, one function each: a table in, a matplotlib figure out.
+"""Drawings of the figures, one function each: a table in, a matplotlib figure out.
 
-Colours are of Okabe and Ito (2008), told apart by people with any colour vision; whatever a colour says, a marker or a
-line style says too. INK and PAPER are drawn nowhere else, so that a page can put its own colours in their place.
+The colours are those of Okabe and Ito (2008), which people with any colour vision can tell apart. A marker or a line
+style repeats what a colour says. Only text, axes and background use INK and PAPER, so a page can replace these by its
+own colours.
 """
 
 import re
@@ -15,12 +16,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from workflow_scripts.reporting.wording import METHODS, POLICIES
+
 INK, PAPER = "#1f2329", "#fffffe"
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "text.parse_math": False,  # titles of data sets are the user's
+    "text.parse_math": False,  # users choose titles of data sets
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -38,14 +41,12 @@ STYLE: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
-    "svg.hashsalt": "softpref",  # the same file each time
+    "svg.hashsalt": "softpref",  # makes files reproducible
 }
 matplotlib.use("agg")
 matplotlib.rcParams.update(STYLE)
 
-POLICIES = {"zeroshot": "zero-shot", "grpo": "trained"}
-METHODS = {"soft": "soft reward", "hard": "sampled answer"}
-# Colour and marker say the policy; line and filling the method.
+# Colour and marker show the policy, line and filling the method.
 COLOURS, MARKERS = {"zeroshot": BLUE, "grpo": VERMILION}, {"zeroshot": "o", "grpo": "s"}
 LINES = {"soft": "-", "hard": "--"}
 PARTS = {"format": (GREEN, ":"), "exact": (PURPLE, "--"), "approximate": (BLUE, "-.")}
@@ -59,20 +60,20 @@ CURVES = {
 
 
 def panels(frame: pd.DataFrame, height: float = 2.8, rows: int = 1) -> tuple[Figure, Any]:
-    """Figure with a column for each case of the table and so many rows, axes (rows, columns); at least one column."""
+    """A figure and its axes (rows, columns), with a column for each case of the table, at least one."""
     columns = max(1, frame["case"].nunique())
     figure = Figure(figsize=(max(6.4, 3.5 * columns), height * rows + 0.4), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def by_case(frame: pd.DataFrame) -> Iterator[tuple[int, str, pd.DataFrame]]:
-    """Rows of each case, in the order in which the cases come."""
+    """Number, name and rows of each case, in the order of the table."""
     for column, case in enumerate(frame["case"].unique()):
         yield column, case, frame[frame["case"] == case]
 
 
 def legend(figure: Figure, axes: Any) -> None:
-    """One legend below all panels, each entry once."""
+    """Draw one legend below all panels, with each entry once."""
     found: dict[str, Any] = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -83,15 +84,15 @@ def legend(figure: Figure, axes: Any) -> None:
 
 
 def interval(axis: Axes, x: Any, rows: pd.DataFrame, scale: float = 100, **style: Any) -> None:
-    """Points with their intervals, in percent."""
+    """Draw points with their intervals, by default shares in percent."""
     mean = rows["mean"].to_numpy(float) * scale
     errors = [mean - rows["low"].to_numpy(float) * scale, rows["high"].to_numpy(float) * scale - mean]
-    # A percentile interval need not hold the estimate; one that is undefined has no bar.
+    # A percentile interval may exclude the estimate. An undefined one gets no bar.
     axis.errorbar(x, mean, yerr=np.nan_to_num(np.maximum(errors, 0)), capsize=2.5, elinewidth=1, **style)
 
 
 def series_style(policy: str, method: str = "soft") -> dict[str, Any]:
-    """How a policy's points and lines look."""
+    """Style of the points and lines of a policy."""
     filled = {} if method == "soft" else {"markerfacecolor": PAPER}
     return {"color": COLOURS[policy], "marker": MARKERS[policy], "linestyle": LINES[method], **filled}
 
@@ -106,7 +107,7 @@ def series(rows: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any], float, pd.
 
 
 def chance(axis: Axes) -> None:
-    """Line at 50 %."""
+    """Draw a line at 50 %."""
     axis.axhline(50, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
 
 
@@ -164,7 +165,7 @@ def mean_at_k(frame: pd.DataFrame) -> Figure:
 
 
 def calibration_pairs(frame: pd.DataFrame) -> Figure:
-    """Reliability diagrams: how often people agree with a probability, and how often that was given."""
+    """Reliability diagrams: how often people agree with a probability, and how often the policy gave it."""
     figure, axes = panels(frame, 2.7, 2)
     for column, case, rows in by_case(frame):
         top, bottom = axes[:, column]
@@ -197,7 +198,7 @@ def calibration_pairs(frame: pd.DataFrame) -> Figure:
 
 
 def calibration_ratings(frame: pd.DataFrame) -> Figure:
-    """Mean human rating of the images that get about the same expected rating, and how many they are."""
+    """Mean human rating against expected rating, and the share of images in each bin."""
     figure, axes = panels(frame, 2.7, 2)
     for column, case, rows in by_case(frame):
         top, bottom = axes[:, column]
@@ -226,7 +227,7 @@ def calibration_ratings(frame: pd.DataFrame) -> Figure:
 
 
 def answers(frame: pd.DataFrame) -> Figure:
-    """Which answers are given before and after training: in validation and on the test set."""
+    """Shares of the answers before and after training, in validation and on the test set."""
     sources = list(frame["source"].unique()) or ["test"]
     figure, axes = panels(frame, 2.3, len(sources))
     looks: dict[str, dict[str, Any]] = {
@@ -274,7 +275,7 @@ def _grouped(frame: pd.DataFrame, group: str, xlabel: str, ylabel: str = "accura
 
 
 def rank_distance(frame: pd.DataFrame) -> Figure:
-    """Accuracy on pairs whose human ranks are so far apart."""
+    """Accuracy against the difference of the human ranks."""
     return _grouped(frame, "distance", "difference of the human ranks")
 
 
@@ -284,7 +285,7 @@ def confidence(frame: pd.DataFrame) -> Figure:
 
 
 def anchor_rank(frame: pd.DataFrame) -> Figure:
-    """Accuracy on prompts whose anchor has this human rank."""
+    """Accuracy against the human rank of the anchor."""
     return _grouped(frame, "anchor_rank", "human rank of the anchor, 1 best")
 
 
@@ -311,7 +312,7 @@ def presentation_order(frame: pd.DataFrame) -> Figure:
 
 
 def nothing(reason: str) -> Figure:
-    """A figure that says why there is none."""
+    """A figure that says why there is nothing to draw."""
     figure = Figure(figsize=(6.4, 1.2))
     figure.text(0.5, 0.5, reason, ha="center", va="center")
     return figure
@@ -324,7 +325,7 @@ def save(figure: Figure, path: Path, kind: str) -> None:
 
 
 def inline_svg(text: str, name: str) -> str:
-    """An SVG file of `save` as an element of a page: in the page's colours, with names that are its own.
+    """An SVG file of `save` as an element of a page, in the colours of the page and with unique ids.
 
     Args:
         text: the file.
@@ -335,7 +336,7 @@ def inline_svg(text: str, name: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
-    # The page says how large it is, and names it.
+    # The page sets its size and its label.
     text = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", text, count=1)
     text = re.sub(r'<svg([^>]*?) height="[^"]*"', r'<svg\1 aria-hidden="true"', text, count=1)
     colours = {BLUE: "var(--blue)", VERMILION: "var(--vermilion)", GREEN: "var(--green)", PURPLE: "var(--purple)"}

@@ -1,4 +1,4 @@
-"""The gallery: prompts of a test set with their images in predicted and in human order, and the thoughts behind it."""
+"""The gallery: prompts of a test set with their images in predicted and in human order, and the reasoning."""
 
 import io
 import math
@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from workflow_scripts.scoring.anchor_ranking import candidate_probability
-from workflow_scripts.scoring.pair_accuracy import credit, expected_answer, pair_outcomes, strict_pairs
+from workflow_scripts.scoring.judged_prompts import JudgedPrompt
+from workflow_scripts.scoring.pair_accuracy import credit, pair_outcomes, strict_pairs
 
 LONGEST_SIDE = 256  # pixels of a picture in the gallery
 
@@ -19,7 +21,7 @@ GALLERY_ROLLOUT = pa.struct(
     [
         ("k", pa.int32()),
         ("text", pa.string()),
-        ("answer_probabilities", pa.list_(pa.float64())),  # over the answers in ascending order
+        ("answer_probabilities", pa.list_(pa.float64())),  # of the answers in ascending order, as the policy gave them
         ("soft", pa.float64()),  # score of this image by this rollout alone
         ("sampled_answer", pa.int8()),  # null: none, or not a valid one
         ("forced", pa.bool_()),  # the engine closed the thinking
@@ -50,110 +52,102 @@ GALLERY = pa.schema(
         pa.field("pairs_right", pa.float64(), nullable=False),  # of these ordered right, a tie counting half
         pa.field("right", pa.bool_()),  # more than half of its pairs are; null: it has none
         pa.field("confidence", pa.float64(), nullable=False),
+        pa.field(
+            "distribution", pa.list_(pa.float64())
+        ),  # mean of the answers, or of anchor and image; null: an anchor
         pa.field("rollouts", pa.list_(GALLERY_ROLLOUT), nullable=False),  # none: an anchor
     ]
 )
 
 
 def gallery_rows(
-    prompts: Iterable[Mapping[str, Any]],
-    scores: Mapping[str, Mapping[str, list[float]]],
-    rollouts: Iterable[Mapping[str, Any]],
-    pictures: Mapping[str, Image.Image],
-    answers: tuple[int, ...],
+    prompts: Iterable[JudgedPrompt], rollouts: pd.DataFrame, pictures: Mapping[str, Image.Image]
 ) -> Iterator[dict[str, Any]]:
     """Rows of GALLERY without dataset, track, policy and seed, prompt by prompt, best predicted image first.
 
     Args:
-        prompts: rows of `preferences.schema.SUBSET`; one without a scored image is left out.
-        scores: soft scores of each rollout by prompt_id and image_id.
-        rollouts: rows of `rollouts.record.ROLLOUT` of these prompts.
+        prompts: of a test set.
+        rollouts: their rollouts with `scoring.image_scores.rollout_scores`.
         pictures: the images that could be read, by image_id.
-        answers: the numbers that the answer tokens stand for.
     """
     by_image = defaultdict(list)
-    anchors = {}
-    for row in sorted(rollouts, key=lambda row: (row["k"], row["item_id"])):
-        by_image[row["prompt_id"], row["candidate"]].append(shown_rollout(row, answers))
-        anchors[row["prompt_id"]] = row["anchor"]
+    for row in rollouts.sort_values(["k", "item_id"]).to_dict("records"):
+        by_image[row["prompt_id"], row["candidate"]].append(row)
+    anchors = rollouts.groupby("prompt_id")["anchor"].first().to_dict()
     for prompt in prompts:
-        name, scored = prompt["prompt_id"], scores.get(prompt["prompt_id"], {})
-        kept = [i for i, image in enumerate(prompt["image_ids"]) if image in scored and image in pictures]
-        if not kept:
-            continue
-        images = [prompt["image_ids"][i] for i in kept]
-        means = np.array([np.mean(scored[image]) for image in images])
-        ranks = [prompt["ranks"][i] for i in kept] if prompt["ranks"] else None
-        pairs, right = judged_pairs(means, ranks)
-        certain = {image: confidence(by_image[name, image]) for image in images if by_image[name, image]}
+        kept = [i for i, image in enumerate(prompt.image_ids) if image in pictures]
+        scores = prompt.scores["soft"][kept]
+        k = scores.shape[1]
+        means = np.array([np.mean(values) for values in scores])
+        ranks = None if prompt.ranks is None else prompt.ranks[kept]
+        pairs, right = pairs_by_image(means, ranks)
+        behind = [by_image[prompt.prompt_id, prompt.image_ids[i]] for i in kept]
+        distributions = [np.mean([row["probabilities"] for row in rows], axis=0) if rows else None for rows in behind]
+        certain = [None if distribution is None else confidence(distribution) for distribution in distributions]
         found = []
-        for i, image in enumerate(images):
-            anchor = image == anchors.get(name)
+        for i, place in enumerate(kept):
+            image = prompt.image_ids[place]
+            anchor = image == anchors.get(prompt.prompt_id)
             picture, (width, height) = encoded(pictures[image])
-            k = len(scored[image])
             found.append(
                 {
-                    "prompt_id": name,
-                    "prompt": prompt["prompt"],
+                    "prompt_id": prompt.prompt_id,
+                    "prompt": prompt.prompt,
                     "k": k,
                     "image_id": image,
                     "image": picture,
                     "width": width,
                     "height": height,
                     "anchor": anchor,
-                    "human_rank": None if ranks is None else 1.0 + sum(other < ranks[i] for other in ranks),
-                    "human_rating": None if prompt["ratings"] is None else float(prompt["ratings"][kept[i]]),
+                    "human_rank": None if ranks is None else 1.0 + int((ranks < ranks[i]).sum()),
+                    "human_rating": None if prompt.ratings is None else float(prompt.ratings[place]),
                     "predicted_rank": 1 + int((means > means[i]).sum()),
                     "score": float(means[i]),
-                    "score_se": None if anchor or k < 2 else float(np.std(scored[image], ddof=1) / math.sqrt(k)),
+                    "score_se": None if anchor or k < 2 else float(np.std(scores[i], ddof=1) / math.sqrt(k)),
                     "pairs": int(pairs[i]),
                     "pairs_right": float(right[i]),
                     "right": bool(2 * right[i] > pairs[i]) if pairs[i] else None,
-                    # An anchor has part in all comparisons of its prompt.
-                    "confidence": float(np.mean(list(certain.values()))) if anchor else certain[image],
-                    "rollouts": by_image[name, image],
+                    # An anchor takes part in all comparisons of its prompt.
+                    "confidence": float(np.mean([c for c in certain if c is not None])) if anchor else certain[i],
+                    "distribution": distributions[i],
+                    "rollouts": [shown_rollout(row) for row in behind[i]],
                 }
             )
         yield from sorted(found, key=lambda row: (row["predicted_rank"], row["image_id"]))
 
 
-def shown_rollout(row: Mapping[str, Any], answers: tuple[int, ...]) -> dict[str, Any]:
-    """GALLERY_ROLLOUT of a recorded rollout; its `soft` is the candidate's score in either presentation order."""
-    logits = np.asarray(row["answer_logprobs"], dtype=np.float64)
-    weights = np.exp(logits - logits.max())
-    soft = expected_answer(logits, answers)
-    second = row["candidate_second"]
+def shown_rollout(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """GALLERY_ROLLOUT of a rollout with its scores."""
     return {
         "k": row["k"],
         "text": row["text"],
-        "answer_probabilities": (weights / weights.sum()).tolist(),
-        "soft": float(soft if second is None else candidate_probability(soft, second)),
-        "sampled_answer": row["sampled_answer"],
+        "answer_probabilities": row["answer_probabilities"],
+        "soft": row["soft"],
+        "sampled_answer": None if pd.isna(row["sampled_answer"]) else int(row["sampled_answer"]),
         "forced": row["forced"],
-        "second": second,
+        "second": row["candidate_second"],
     }
 
 
-def confidence(rollouts: list[dict[str, Any]]) -> float:
+def confidence(distribution: NDArray[np.float64]) -> float:
     """How concentrated the answers to an image are: 1 - H(p) / log A, in [0, 1].
 
-    p is the mean over the rollouts (GALLERY_ROLLOUT) of the probabilities of the A answers, H its entropy in nats. 1 is
-    always the same answer with certainty; 0 is every answer equally likely, in one rollout or over all of them. Of a
-    pair whose candidate is shown first, the probabilities are turned round, so that both orders speak of the candidate.
+    p (A,) is the mean over the rollouts of the probabilities of the A answers, H its entropy in nats. 1 is always the
+    same answer with certainty; 0 is every answer equally likely, in one rollout or over all of them.
     """
-    turned = [r["answer_probabilities"][:: -1 if r["second"] is False else 1] for r in rollouts]
-    p = np.mean(turned, axis=0)
+    p = distribution
     entropy = -float(np.sum(p[p > 0] * np.log(p[p > 0])))
     return min(1.0, max(0.0, 1 - entropy / math.log(len(p))))
 
 
-def judged_pairs(scores: np.ndarray, ranks: list[int] | None) -> tuple[np.ndarray, np.ndarray]:
+def pairs_by_image(scores: ArrayLike, ranks: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """For each of N images: number of strict human pairs with it, and how many of these the scores order right.
 
     Args:
         scores: (N,), higher is better; a tie counts half.
         ranks: (N,), lower is better; None: there is no human order, so no pair.
     """
+    scores = np.asarray(scores)
     pairs, right = np.zeros(len(scores)), np.zeros(len(scores))
     if ranks is not None:
         better, worse = strict_pairs(ranks)
@@ -165,7 +159,7 @@ def judged_pairs(scores: np.ndarray, ranks: list[int] | None) -> tuple[np.ndarra
 
 
 def encoded(picture: Image.Image) -> tuple[bytes, tuple[int, int]]:
-    """WebP of a picture with its width and height, scaled down to LONGEST_SIDE; without loss where it is no larger."""
+    """WebP of a picture with its width and height: scaled down to LONGEST_SIDE, or lossless if it is no larger."""
     small = picture.copy()
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     file = io.BytesIO()

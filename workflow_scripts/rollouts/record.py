@@ -1,12 +1,15 @@
 """The rollout record: one row for each item and k, all that is ever needed of the model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workflow_scripts.files.writing import replacing
+from workflow_scripts.preferences.schema import read_table
 
 ROLLOUT = pa.schema(
     [
@@ -39,3 +42,15 @@ def sample_texts(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Texts of the first three rollouts in the order of their file, by the name of a file for each."""
     first = sorted(rows, key=lambda row: (row["item_id"], row["k"]))[:3]
     return {f"traces/{row['item_id'].replace('/', '_')}-{row['k']}.txt": row["text"] for row in first}
+
+
+def read_rollouts(paths: Iterable[Path], columns: list[str] | None = None) -> pd.DataFrame:
+    """Rows of several files, one file after the other; all columns of ROLLOUT or some. Missing values are None or nan.
+
+    Pairs are as they were shown: `scoring.image_scores.rollout_scores` resolves their presentation order.
+
+    Raises:
+        SchemaError: a file has other columns, or cannot be read.
+    """
+    tables = [read_table(path, ROLLOUT, columns) for path in paths]
+    return pa.concat_tables(tables).to_pandas(integer_object_nulls=True)

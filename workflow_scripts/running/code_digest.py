@@ -48,7 +48,7 @@ def module_closure(module: str, engine: str | None = None) -> dict[str, Path]:
 
 def named_files(module: Path) -> list[Path]:
     """Files beside a module that are no code and that it names, a folder standing for all files in it."""
-    text = module.read_text(encoding="utf-8")
+    text = module.read_text(encoding="utf-8").replace("'", '"')
     named = [
         path
         for path in sorted(module.parent.iterdir())

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from workflow_scripts.scoring.protocols import Average, macro, micro
 
-BATCH_VALUES = 2**16  # drawn at once: 512 kB, which stays in the processor's cache
+BATCH_VALUES = 2**16  # drawn at once: 512 kB, which stay in the processor cache
 
 Credit = tuple[NDArray[np.float64], NDArray[np.float64]]  # (n_prompts,) credit and (n_prompts,) counted pairs
 
@@ -22,6 +22,14 @@ class Interval(NamedTuple):
     standard_error: float
     low: float
     high: float
+
+
+class Resampling(NamedTuple):
+    """How intervals are made: level of the two-sided interval, number of resamples, and seed."""
+
+    confidence: float
+    resamples: int
+    seed: int
 
 
 def accuracy_intervals(
@@ -80,13 +88,13 @@ def _percentile_intervals(
     """Percentile bootstrap of the accuracy of each case, or of the last one minus the first one.
 
     Numbers and random stream are those of scipy.stats.bootstrap(paired=True, method="percentile"), which draws for
-    each statistic alone: here those of equally many prompts share what is drawn, and equal credits their sums.
+    each statistic alone. Here statistics of equally many prompts share the draws, and equal credits share their sums.
     """
     accuracy = micro if average == "micro" else macro
     estimates = [float(accuracy(*case[-1]) - (accuracy(*case[0]) if case[1:] else 0.0)) for case in cases]
     found = [Interval(estimate, math.nan, math.nan, math.nan) for estimate in estimates]
     sizes = [case[0][0].size for case in cases]
-    for prompts in set(sizes) - {0, 1}:  # undefined, but an empty cell of a table must not stop the others
+    for prompts in set(sizes) - {0, 1}:  # undefined for 0 and 1, which must not stop the others
         members = [number for number, size in enumerate(sizes) if size == prompts]
         place: dict[bytes, int] = {}
         fractions = [
@@ -140,14 +148,14 @@ def _resampled_sums(vectors: NDArray[np.float64], resamples: int, seed: int) -> 
     for drawn in _draws(vectors.shape[1], resamples, seed):
         values = np.empty(drawn.shape)
         for row, vector in enumerate(vectors):
-            vector.take(drawn, out=values, mode="clip")  # no number drawn is to be clipped; it saves a buffer
+            vector.take(drawn, out=values, mode="clip")  # nothing is clipped; the mode saves a buffer
             values.sum(axis=-1, out=sums[row, start : start + len(drawn)])
         start += len(drawn)
     return sums
 
 
 def _draws(prompts: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Numbers of the prompts of each resample, (batch, n_prompts) at a time."""
+    """Indices of the prompts in each resample, (batch, n_prompts) at a time."""
     rng = np.random.default_rng(seed)
     batch = max(1, BATCH_VALUES // prompts)
     for start in range(0, resamples, batch):

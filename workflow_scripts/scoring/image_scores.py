@@ -1,4 +1,4 @@
-"""From the answers of a policy to scores of images: soft, and hard from the sampled answer."""
+"""From the answers of a policy to scores, soft and hard: of single rollouts, and of images."""
 
 import numpy as np
 import pandas as pd
@@ -7,29 +7,47 @@ from workflow_scripts.scoring.anchor_ranking import anchor_scores, candidate_pro
 from workflow_scripts.scoring.pair_accuracy import expected_answer
 
 
-def image_scores(rollouts: pd.DataFrame, answers: tuple[int, ...]) -> pd.DataFrame:
-    """Expected ratings, or probabilities of being preferred over the prompt's anchor (paper, section 3).
+def rollout_scores(rollouts: pd.DataFrame, answers: tuple[int, ...]) -> pd.DataFrame:
+    """Score each rollout, and resolve the presentation order of pairs: all that is added is about the candidate.
 
     Args:
-        rollouts: columns of `rollouts.record.ROLLOUT`, of one protocol; those of a pair may be several comparisons.
-        answers: the numbers that the answer tokens stand for.
+        rollouts: columns answer_logprobs, sampled_answer, anchor and candidate_second of `rollouts.record.ROLLOUT`, all
+            of one protocol.
+        answers: the A numbers that the answer tokens stand for, in ascending order.
+
+    Returns:
+        The rollouts with four more columns. answer_probabilities: (A,) float64, as the policy gave them. probabilities:
+        the same, but for pairs in the order anchor, candidate. soft: float64, the expected rating, or the probability
+        that the candidate is preferred over the anchor. hard: the same of the sampled answer alone; nan: none is valid.
+    """
+    logprobs = np.array(rollouts["answer_logprobs"].to_list(), np.float64).reshape(len(rollouts), len(answers))
+    weights = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
+    given = weights / weights.sum(axis=1, keepdims=True)
+    probabilities, soft = given, expected_answer(logprobs, answers)
+    hard = rollouts["sampled_answer"].astype("float64").to_numpy()
+    if rollouts["anchor"].notna().any():
+        second = rollouts["candidate_second"].to_numpy(bool)
+        probabilities = np.where(second[:, None], given, given[:, ::-1])
+        soft, hard = candidate_probability(soft, second), candidate_probability(hard, second)
+    return rollouts.assign(answer_probabilities=list(given), probabilities=list(probabilities), soft=soft, hard=hard)
+
+
+def image_scores(scored: pd.DataFrame) -> pd.DataFrame:
+    """Score images by their rollouts: expected ratings, or probabilities of being preferred over the prompt's anchor.
+
+    Args:
+        scored: rollouts with `rollout_scores`; those of a pair may be several comparisons.
 
     Returns:
         Columns prompt_id, image_id, k, soft, hard (nan: no valid sampled answer) and forced (share of the rollouts
         behind it that were forced, nan for an anchor), a row for each image and k.
     """
-    logprobs = np.concatenate(rollouts["answer_logprobs"].to_list()).reshape(len(rollouts), len(answers))
-    frame = rollouts[["item_id", "prompt_id", "k", "forced"]].assign(
-        image_id=rollouts["candidate"],
-        soft=expected_answer(logprobs, answers),
-        hard=rollouts["sampled_answer"].astype("float64"),
-        forced=rollouts["forced"].astype("float64"),
+    frame = scored[["item_id", "prompt_id", "k", "soft", "hard"]].assign(
+        image_id=scored["candidate"], forced=scored["forced"].astype("float64")
     )
-    if rollouts["anchor"].isna().all():
+    if scored["anchor"].isna().all():
         return frame
-    for column in ("soft", "hard"):
-        frame[column] = candidate_probability(frame[column], rollouts["candidate_second"].astype(bool))
-    return _against_anchors(frame, rollouts.groupby("prompt_id")["anchor"].first())
+    return _against_anchors(frame, scored.groupby("prompt_id")["anchor"].first())
 
 
 def _against_anchors(frame: pd.DataFrame, anchors: pd.Series) -> pd.DataFrame:

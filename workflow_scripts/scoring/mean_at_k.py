@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 class TooFewRolloutsError(ValueError):
-    """More rollouts are asked for than are recorded: names both and the remedy."""
+    """More rollouts are requested than recorded: names both numbers and the remedy."""
 
 
 def fill_missing(scores: ArrayLike, neutral: float) -> NDArray[np.float64]:
@@ -15,7 +15,7 @@ def fill_missing(scores: ArrayLike, neutral: float) -> NDArray[np.float64]:
 
     Args:
         scores: (...) scores, nan where there is none.
-        neutral: the score put there.
+        neutral: the score to put there.
 
     Returns:
         (...) float64 without nan.

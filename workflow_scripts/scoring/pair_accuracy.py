@@ -1,4 +1,4 @@
-"""Soft reward of one answer and accuracy over preference pairs, the part of scoring that training validates with."""
+"""Soft reward of an answer and accuracy over preference pairs: the part of scoring that validation uses."""
 
 import math
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ from workflow_scripts.scoring.pair_accuracy import MISSING_CREDIT, TIE_CREDIT, M
 
 Average = Literal["micro", "macro"]
 LabelTieRule = Literal["dropped", "right"]
+MissingAnswerRule = MissingRule | Literal["neutral"]  # neutral: takes the score that prefers nothing
 
 SUBSETS_AT_ONCE = 2**19  # of all prompts together; some ten MB
 
@@ -47,7 +48,7 @@ class Outcomes(NamedTuple):
     strict: NDArray[np.float64]  # all strict pairs
     label_tied: NDArray[np.float64]  # pairs of equal rank with both scores
     label_tied_missing: NDArray[np.float64]  # pairs of equal rank with an image without a score
-    subsets: NDArray[np.float64]  # C(K, k), what the others are sums over
+    subsets: NDArray[np.float64]  # C(K, k), the number of subsets in the sums
 
 
 def prompt_outcomes(scores_by_prompt: Sequence[ArrayLike], ranks_by_prompt: Sequence[ArrayLike], k: int) -> Outcomes:
@@ -76,7 +77,7 @@ def prompt_outcomes(scores_by_prompt: Sequence[ArrayLike], ranks_by_prompt: Sequ
 
 
 def _counts(means: NDArray[np.float64], ranks: NDArray[Any], sizes: Sequence[int]) -> NDArray[np.float64]:
-    """Outcomes (7, prompts) of prompts with so many images each; means (images, subsets), ranks (images,)."""
+    """Outcomes (7, prompts) of prompts with these numbers of images; means (images, subsets), ranks (images,)."""
     better, worse, prompt = _pairs(np.array(sizes))
     better, worse = np.where(ranks[better] <= ranks[worse], (better, worse), (worse, better))
     strict = ranks[better] != ranks[worse]
@@ -105,7 +106,7 @@ def _counts(means: NDArray[np.float64], ranks: NDArray[Any], sizes: Sequence[int
 
 
 def _pairs(sizes: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-    """All pairs of images within each of several prompts, which follow each other: (P,) image, image, prompt."""
+    """All pairs of images within each of several consecutive prompts: (P,) image, image, prompt."""
     starts = np.cumsum(sizes) - sizes
     found = []
     for images in np.unique(sizes):
@@ -144,7 +145,7 @@ def outcome_credit(
     if math.isnan(MISSING_CREDIT[missing]):
         pairs = pairs - outcomes.missing
     if label_tie == "right":
-        # Whatever the two scores are, they cannot be in the wrong order; that both exist is still asked for.
+        # Two scores of such a pair cannot be in the wrong order, but both must exist.
         correct, pairs = correct + outcomes.label_tied, pairs + outcomes.label_tied
         if not math.isnan(MISSING_CREDIT[missing]):
             pairs = pairs + outcomes.label_tied_missing
@@ -158,7 +159,7 @@ def prompt_credit(
     k: int,
     tie: TieRule,
     label_tie: LabelTieRule,
-    missing: MissingRule | Literal["neutral"],
+    missing: MissingAnswerRule,
     neutral: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Credit and number of counted pairs of each prompt at Mean@k, under one set of rules.

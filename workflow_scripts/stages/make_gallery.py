@@ -22,8 +22,10 @@ from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import SUBSET, read_image_rows, read_table
 from workflow_scripts.ranking.traces import log_gallery
 from workflow_scripts.reporting.gallery import GALLERY, gallery_rows
-from workflow_scripts.rollouts.record import ROLLOUT
+from workflow_scripts.rollouts.record import read_rollouts
 from workflow_scripts.running.command_line import Input, Output, StageArguments
+from workflow_scripts.scoring.image_scores import rollout_scores
+from workflow_scripts.scoring.judged_prompts import judged_prompts
 from workflow_scripts.tracking.stage_run import run_stage
 
 
@@ -50,27 +52,20 @@ def main() -> None:
     config = arguments.config
     with run_stage(arguments) as run:
         subset = read_table(arguments.subset, SUBSET).to_pylist()
-        prompts = [row for row in subset if row["position"] < config.prompts]
-        wanted = {row["prompt_id"] for row in prompts}
-        rollouts = [
-            rollout
-            for path in arguments.rollouts
-            for rollout in read_table(path, ROLLOUT).to_pylist()
-            if rollout["prompt_id"] in wanted
-        ]
-        scores: dict[str, dict[str, list[float]]] = {}
-        table = pd.read_parquet(arguments.scores, columns=["prompt_id", "image_id", "k", "soft"]).sort_values("k")
-        table = table[table["prompt_id"].isin(wanted)]
-        for prompt, image, soft in zip(table["prompt_id"], table["image_id"], table["soft"], strict=True):
-            scores.setdefault(prompt, {}).setdefault(image, []).append(soft)
-        shown = {image for row in prompts for image in row["image_ids"]}
+        prompts = judged_prompts(
+            [row for row in subset if row["position"] < config.prompts], pd.read_parquet(arguments.scores)
+        )
+        rollouts = read_rollouts(arguments.rollouts)
+        rollouts = rollouts[rollouts["prompt_id"].isin([prompt.prompt_id for prompt in prompts])]
+        scored = rollout_scores(rollouts, ANSWERS[config.protocol])
+        shown = {image for prompt in prompts for image in prompt.image_ids}
         pictures = {
             row["image_id"]: decoded(row["bytes"])
             for row in read_image_rows(arguments.images)
             if row["image_id"] in shown
         }
         origin = {"dataset": config.test, "track": config.track, "policy": config.policy, "seed": config.seed}
-        rows = [row | origin for row in gallery_rows(prompts, scores, rollouts, pictures, ANSWERS[config.protocol])]
+        rows = [row | origin for row in gallery_rows(prompts, scored, pictures)]
         with replacing(arguments.output) as temporary:
             pq.write_table(pa.Table.from_pylist(rows, schema=GALLERY), temporary, compression="zstd")
         judged = [row for row in rows if row["right"] is not None]

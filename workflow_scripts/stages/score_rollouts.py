@@ -4,7 +4,6 @@ python -m workflow_scripts.stages.score_rollouts results/rollouts/imagereward/gr
     --output results/scores/imagereward/grpo/seed0/imagereward.parquet --config '{"track": "imagereward", …}'
 """
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_settings import CliPositionalArg
@@ -12,10 +11,10 @@ from pydantic_settings import CliPositionalArg
 from workflow_scripts.configuration.stages import ScoreRollouts
 from workflow_scripts.files.writing import replacing
 from workflow_scripts.policy.prompts import ANSWERS
-from workflow_scripts.preferences.schema import SchemaError, read_table
-from workflow_scripts.rollouts.record import ROLLOUT
+from workflow_scripts.preferences.schema import SchemaError
+from workflow_scripts.rollouts.record import read_rollouts
 from workflow_scripts.running.command_line import Input, Output, StageArguments
-from workflow_scripts.scoring.image_scores import image_scores
+from workflow_scripts.scoring.image_scores import image_scores, rollout_scores
 from workflow_scripts.tracking.stage_run import run_stage
 
 SCORED = [
@@ -51,14 +50,13 @@ def main() -> None:
     arguments = Arguments.parse()
     answers = ANSWERS[arguments.config.protocol]
     with run_stage(arguments) as run:
-        tables = [read_table(path, ROLLOUT, SCORED).to_pandas() for path in arguments.rollouts]
-        rollouts = pd.concat(tables, ignore_index=True)
+        rollouts = read_rollouts(arguments.rollouts, SCORED)
         if rollouts.empty:
             raise SchemaError(
                 f"{arguments.rollouts[0].parent} holds no rollout: no test question fits the policy's context and has "
                 "its images; see the warnings of generate_rollouts, and choose other test data or another policy"
             )
-        frame = image_scores(rollouts, answers).sort_values(["prompt_id", "image_id", "k"])
+        frame = image_scores(rollout_scores(rollouts, answers)).sort_values(["prompt_id", "image_id", "k"])
         with replacing(arguments.output) as temporary:
             pq.write_table(pa.Table.from_pandas(frame, SCORE, preserve_index=False), temporary, compression="zstd")
         run.metrics(
