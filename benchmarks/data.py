@@ -174,12 +174,12 @@ def annotations_of(dataset: Dataset, by_units: tuple[str, ...], record: Path, pa
     place = record.parent
     train, test = place / "train.parquet", place / "test.parquet"
     size = f"{pairs:,} pairs" if dataset == "hpsv2" else f"{6 * IMAGEREWARD_PROMPTS:,} images"
-    run("read_annotations", ReadAnnotations.of(load({}), dataset, "test"), record=record, output=test)
-    read = run("read_annotations", ReadAnnotations.of(load({}), dataset, "train"), record=record, output=train)
+    run("read_annotations", ReadAnnotations.of(load({}), dataset, "test"), record=record, preferences=test)
+    read = run("read_annotations", ReadAnnotations.of(load({}), dataset, "train"), record=record, preferences=train)
     rows = [row(f"read_annotations {dataset}", size, read, "1 GB", read.peak_megabytes < 1000)]
     for by in by_units:
         c = load({"datasets": {dataset: {"train_fraction": 0.25, "subsample_by": by}}})
-        inputs = {"preferences": train, "test_preferences": test, "output": place / f"subset-{by}.parquet"}
+        inputs = {"preferences": train, "test_preferences": test, "subset": place / f"subset-{by}.parquet"}
         selected = run("select_subset", SelectSubset.of(c, dataset, "train"), **inputs)
         reached = selected.cpu < 10 and selected.peak_megabytes < 1000
         rows.append(row(f"select_subset {dataset} by {by}", size, selected, "10 s, 1 GB", reached))
@@ -266,9 +266,9 @@ def measure_one(
     """Measure scores and accuracies of one policy."""
     scores, accuracy = place / f"{policy}-{seed}-scores.parquet", place / f"{policy}-{seed}.json"
     config = ScoreRollouts.of(c, dataset, policy, dataset, seed)
-    scored = run("score_rollouts", config, recorded, output=scores)
-    inputs = {"scores": scores, "subset": place / "subset.parquet", "dataset_record": place / "dataset.json"}
-    outputs = {"output": accuracy, "prompts": place / f"{policy}-{seed}-prompts.parquet"}
+    scored = run("score_rollouts", config, "--rollouts", recorded, scores=scores)
+    inputs = {"scores": scores, "subset": place / "subset.parquet", "record": place / "dataset.json"}
+    outputs = {"accuracy": accuracy, "prompts": place / f"{policy}-{seed}-prompts.parquet"}
     return scored, run("measure_accuracy", MeasureAccuracy.of(c, dataset, policy, dataset, seed), **inputs, **outputs)
 
 

@@ -40,7 +40,7 @@ def read_images(folder: Path, size: int) -> ProcessCost:
     ((archive, names),) = write_archive(folder / "train_1.zip", size).items()
     record = write_record(folder)
     write_image_subset(folder / "subset.parquet", archive, names)
-    outputs = {"output": folder / "images.parquet", "listing": folder / "images.json"}
+    outputs = {"images": folder / "images.parquet", "listing": folder / "images.json"}
     config = ReadImages(dataset="imagereward", split="train", shard=0, start=0, stop=None)
     return run("read_images", config, record=record, subset=folder / "subset.parquet", **outputs)
 
@@ -55,7 +55,7 @@ def read_annotations(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
     prompts = 6000 * factor
     record = write_hpdv2_annotations(folder / "hpsv2", prompts)
     config = ReadAnnotations.of(load({}), "hpsv2", "train")
-    return 6 * prompts, "pairs", run("read_annotations", config, record=record, output=folder / "train.parquet")
+    return 6 * prompts, "pairs", run("read_annotations", config, record=record, preferences=folder / "train.parquet")
 
 
 def select_subset(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
@@ -63,8 +63,13 @@ def select_subset(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:
     c = load({"datasets": {"hpsv2": {"train_fraction": 0.25, "subsample_by": "pair"}}})
     size, unit, _ = read_annotations(folder, factor)
     test = folder / "test.parquet"
-    run("read_annotations", ReadAnnotations.of(c, "hpsv2", "test"), record=folder / "hpsv2/dataset.json", output=test)
-    inputs = {"preferences": folder / "train.parquet", "test_preferences": test, "output": folder / "subset.parquet"}
+    run(
+        "read_annotations",
+        ReadAnnotations.of(c, "hpsv2", "test"),
+        record=folder / "hpsv2/dataset.json",
+        preferences=test,
+    )
+    inputs = {"preferences": folder / "train.parquet", "test_preferences": test, "subset": folder / "subset.parquet"}
     return size, unit, run("select_subset", SelectSubset.of(c, "hpsv2", "train"), **inputs)
 
 
@@ -79,7 +84,7 @@ def generate_rollouts(folder: Path, images: int, rollouts: int) -> ProcessCost:
     write_sidecar(manifest)
     inputs = {"base": manifest, "subset": folder / "subset.parquet", "images": folder / "images.parquet"}
     config = GenerateRollouts.of(c, "imagereward", "zeroshot", "imagereward", 0, 0, 0)
-    return run("generate_rollouts", config, **inputs, output=folder / "rollouts.parquet")
+    return run("generate_rollouts", config, **inputs, rollouts=folder / "rollouts.parquet")
 
 
 def roll_out_more_items(folder: Path, factor: int) -> tuple[int, str, ProcessCost]:

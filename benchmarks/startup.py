@@ -61,7 +61,7 @@ def small_job(run: Path, tracking: str) -> Callable[[Path], ProcessCost]:
     data = "results/test/datasets/imagereward/test"
     command = [
         *(sys.executable, "-m", "workflow_scripts.stages.select_subset"),
-        *("--preferences", f"{data}/preferences.parquet", "--output", "ordered/subset.parquet"),
+        *("--preferences", f"{data}/preferences.parquet", "--subset", "ordered/subset.parquet"),
         *("--config", SelectSubset.of(configuration, "imagereward", "test").canonical(), "--code_digest", "none"),
     ]
     return lambda code: process_cost(command, cwd=run, env=environment(code, tracking), **QUIET)

@@ -28,14 +28,16 @@ def typed(wildcards):
     }
 
 
-def command(name, *options):
-    """Shell command of a stage with the files that it reads and writes.
+def command(name, inputs, outputs, *others):
+    """Shell command of a stage: its options have the names of the rule's inputs and outputs, listed by blanks.
 
     An option without a file is left out, and one takes several; StageArguments reads both.
     """
     words = [
         f"{jobs.launcher(configuration, name)} -m workflow_scripts.stages.{name}",
-        *options,
+        *(f"--{option} {{input.{option}:q}}" for option in inputs.split()),
+        *(f"--{option} {{output.{option}:q}}" for option in outputs.split()),
+        *others,
         "--config {params.config:q} --code_digest {params.code}",
         "--log_file {log:q} &> {log:q}",
     ]

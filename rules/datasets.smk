@@ -16,10 +16,7 @@ rule synthesize_dataset:
     params:
         **stage("synthesize_dataset"),
     shell:
-        command(
-            "synthesize_dataset",
-            "--output {output.record:q}",
-        )
+        command("synthesize_dataset", "", "record")
 
 
 rule download_dataset:
@@ -36,10 +33,7 @@ rule download_dataset:
     params:
         **stage("download_dataset"),
     shell:
-        command(
-            "download_dataset",
-            "--output {output.record:q}",
-        )
+        command("download_dataset", "", "record")
 
 
 # Only a record: the user's files stay where they are.
@@ -59,10 +53,7 @@ rule record_own_data:
     params:
         **stage("record_own_data"),
     shell:
-        command(
-            "record_own_data",
-            "--output {output.record:q}",
-        )
+        command("record_own_data", "", "record")
 
 
 rule read_annotations:
@@ -81,17 +72,14 @@ rule read_annotations:
     params:
         **stage("read_annotations"),
     shell:
-        command(
-            "read_annotations",
-            "--record {input.record:q} --output {output.preferences:q}",
-        )
+        command("read_annotations", "record", "preferences")
 
 
 rule select_training_subset:
     input:
         preferences=f"{RESULTS}/datasets/{{dataset}}/train/preferences.parquet",
-        train=[],
-        test=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
+        train_preferences=[],
+        test_preferences=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
     output:
         subset=f"{RESULTS}/datasets/{{dataset}}/train/subset.parquet",
         provenance=f"{RESULTS}/datasets/{{dataset}}/train/subset.parquet{SUFFIX}",
@@ -106,9 +94,7 @@ rule select_training_subset:
         **stage("select_subset", split="train"),
     shell:
         command(
-            "select_subset",
-            "--preferences {input.preferences:q} --train_preferences {input.train:q}",
-            "--test_preferences {input.test:q} --output {output.subset:q}",
+            "select_subset", "preferences train_preferences test_preferences", "subset"
         )
 
 
@@ -116,8 +102,10 @@ rule select_training_subset:
 use rule select_training_subset as select_validation_subset with:
     input:
         preferences=lambda w: f"{RESULTS}/datasets/{w.dataset}/{VALIDATION_FROM[w.dataset]}/preferences.parquet",
-        train=lambda w: targets.separate_training_preferences(configuration, w.dataset),
-        test=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
+        train_preferences=lambda w: targets.separate_training_preferences(
+            configuration, w.dataset
+        ),
+        test_preferences=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
     output:
         subset=f"{RESULTS}/datasets/{{dataset}}/validation/subset.parquet",
         provenance=f"{RESULTS}/datasets/{{dataset}}/validation/subset.parquet{SUFFIX}",
@@ -132,8 +120,8 @@ use rule select_training_subset as select_validation_subset with:
 use rule select_training_subset as order_test_prompts with:
     input:
         preferences=f"{RESULTS}/datasets/{{dataset}}/test/preferences.parquet",
-        train=[],
-        test=[],
+        train_preferences=[],
+        test_preferences=[],
     output:
         subset=f"{RESULTS}/datasets/{{dataset}}/test/subset.parquet",
         provenance=f"{RESULTS}/datasets/{{dataset}}/test/subset.parquet{SUFFIX}",
@@ -165,8 +153,4 @@ rule read_images:
     params:
         **stage("read_images"),
     shell:
-        command(
-            "read_images",
-            "--record {input.record:q} --subset {input.subset:q}",
-            "--output {output.images:q} --listing {output.listing:q}",
-        )
+        command("read_images", "record subset", "images listing")

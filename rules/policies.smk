@@ -17,10 +17,7 @@ rule cold_start_policy:
     params:
         **stage("cold_start_policy"),
     shell:
-        command(
-            "cold_start_policy",
-            "--model {output.model:q}",
-        )
+        command("cold_start_policy", "", "model")
 
 
 rule prepare_base_policy:
@@ -43,8 +40,4 @@ rule prepare_base_policy:
     params:
         **stage("prepare_base_policy"),
     shell:
-        command(
-            "prepare_base_policy",
-            "--manifest {output.manifest:q}",
-            "--cold_start {input.cold_start:q}",
-        )
+        command("prepare_base_policy", "cold_start", "manifest")

@@ -27,8 +27,4 @@ rule rank_own_images:
     params:
         **stage("rank_own_images"),
     shell:
-        command(
-            "rank_own_images",
-            "--base {input.base:q} --adapter {input.adapter:q}",
-            "--table {output.table:q} --rows {output.rows:q} --page {output.page:q}",
-        )
+        command("rank_own_images", "base adapter", "table rows page")

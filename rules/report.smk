@@ -28,11 +28,7 @@ rule make_gallery:
     params:
         **stage("make_gallery"),
     shell:
-        command(
-            "make_gallery",
-            "{input.rollouts:q} --scores {input.scores:q}",
-            "--subset {input.subset:q} --images {input.images:q} --output {output.gallery:q}",
-        )
+        command("make_gallery", "rollouts scores subset images", "gallery")
 
 
 rule make_figures:
@@ -71,8 +67,8 @@ rule make_figures:
     shell:
         command(
             "make_figures",
-            "{input.rollouts:q} --scores {input.scores:q}",
-            "--subsets {input.subsets:q} --adapters {input.adapters:q}",
+            "rollouts scores subsets adapters",
+            "",
             "--figures {output.tables:q} {output.images:q} {output.drawings:q}",
         )
 
@@ -103,8 +99,4 @@ rule make_report:
     params:
         **stage("make_report"),
     shell:
-        command(
-            "make_report",
-            "{input.galleries:q} --table1 {input.table1:q}",
-            "--figures {input.figures:q} --page {output.page:q}",
-        )
+        command("make_report", "galleries table1 figures", "page")

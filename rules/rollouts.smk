@@ -24,8 +24,4 @@ rule generate_rollouts:
     params:
         **stage("generate_rollouts"),
     shell:
-        command(
-            "generate_rollouts",
-            "--base {input.base:q} --adapter {input.adapter:q} --subset {input.subset:q} --images {input.images:q}",
-            "--output {output.rollouts:q}",
-        )
+        command("generate_rollouts", "base adapter subset images", "rollouts")

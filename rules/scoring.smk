@@ -21,10 +21,7 @@ rule score_rollouts:
     params:
         **stage("score_rollouts"),
     shell:
-        command(
-            "score_rollouts",
-            "{input.rollouts:q} --output {output.scores:q}",
-        )
+        command("score_rollouts", "rollouts", "scores")
 
 
 rule measure_accuracy:
@@ -45,8 +42,4 @@ rule measure_accuracy:
     params:
         **stage("measure_accuracy"),
     shell:
-        command(
-            "measure_accuracy",
-            "--scores {input.scores:q} --subset {input.subset:q}",
-            "--dataset_record {input.record:q} --output {output.accuracy:q} --prompts {output.prompts:q}",
-        )
+        command("measure_accuracy", "scores subset record", "accuracy prompts")

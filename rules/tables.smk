@@ -38,7 +38,6 @@ rule make_tables:
     shell:
         command(
             "make_tables",
-            "{input.accuracies:q} --base {input.base:q}",
-            "--adapters {input.adapters:q} --table1 {output.table1:q} --table2 {output.table2:q}",
-            "--comparisons {output.comparisons:q} --sensitivity {output.sensitivity:q} --markdown {output.markdown:q}",
+            "accuracies base adapters",
+            "table1 table2 comparisons sensitivity markdown",
         )

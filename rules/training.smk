@@ -28,8 +28,7 @@ rule train_grpo:
     shell:
         command(
             "train_grpo",
-            "--base {input.base:q} --train {input.train:q} --train_images {input.train_images:q}",
-            "--validation {input.validation:q} --validation_images {input.validation_images:q}",
-            "--adapter {output.adapter:q} --adapter_config {output.adapter_config:q} --record {output.record:q}",
+            "base train train_images validation validation_images",
+            "adapter adapter_config record",
             f"--checkpoints {shlex.quote(RESULTS)}/checkpoints",
         )

@@ -161,8 +161,8 @@ def scenes() -> list[tuple[str, dict[str, Image.Image]]]:
 def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Return a function that runs a stage in this process by its command line and returns its sidecar."""
 
-    def run(stage: str, config: Any, positional: tuple[Path, ...] = (), **files: Any) -> dict[str, Any]:
-        words = [str(path) for path in positional]
+    def run(stage: str, config: Any, **files: Any) -> dict[str, Any]:
+        words = []
         for name, value in files.items():
             values = value if isinstance(value, list) else [value]
             words += [word for path in values for word in (f"--{name}", str(path))]

@@ -71,7 +71,7 @@ def stage(preferences: Path, output: Path, tmp_path: Path) -> Iterator[Callable[
     def start(uri: str, code: str | None = None, config: SelectSubset = CONFIG) -> subprocess.Popen[str]:
         log = tmp_path / "subset.log"
         words = ["-c", code] if code else ["-m", "workflow_scripts.stages.select_subset"]
-        words += ["--preferences", str(preferences), "--output", str(output), "--config", config.canonical()]
+        words += ["--preferences", str(preferences), "--subset", str(output), "--config", config.canonical()]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
         streams: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with log.open("w") as written:
@@ -339,7 +339,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_stage(
 def test_logging_twice_logs_once(
     run_main: Any, preferences: Path, logged: Any, warm: Any, tmp_path: Path, output: Path
 ) -> None:
-    run_main("select_subset", CONFIG, preferences=preferences, output=output)
+    run_main("select_subset", CONFIG, preferences=preferences, subset=output)
     uri = warm(tmp_path)
     run, counts = logged(uri)
     assert counts == (1, 0, [])
@@ -362,7 +362,7 @@ def test_the_command_names_damaged_results_and_logs_the_others(
 ) -> None:
     for seed in range(3):
         config = CONFIG.model_copy(update={"seed": seed})
-        run_main("select_subset", config, preferences=preferences, output=output.with_name(f"{seed}.parquet"))
+        run_main("select_subset", config, preferences=preferences, subset=output.with_name(f"{seed}.parquet"))
     damaged, unreadable = output.with_name("0.parquet"), output.with_name("2.parquet")
     damaged.write_bytes(damaged.read_bytes()[:-1])
     sidecar_path(unreadable).write_text('{"stage": "select_')
@@ -379,7 +379,7 @@ def test_the_command_names_damaged_results_and_logs_the_others(
 
 
 def test_the_command_refuses_what_it_cannot_do(run_main: Any, preferences: Path, output: Path, tmp_path: Path) -> None:
-    run_main("select_subset", CONFIG, preferences=preferences, output=output)
+    run_main("select_subset", CONFIG, preferences=preferences, subset=output)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     done = command(tmp_path, uri, "resluts")
     assert done.returncode == 1 and done.stderr == "error: resluts is not a folder; name the results folder\n"
@@ -396,7 +396,7 @@ def test_the_command_refuses_what_it_cannot_do(run_main: Any, preferences: Path,
 def test_the_workflow_says_at_its_end_what_is_not_tracked(
     run_main: Any, preferences: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_main("select_subset", CONFIG, preferences=preferences, output=output)
+    run_main("select_subset", CONFIG, preferences=preferences, subset=output)
     results = {"results": str(output.parent), "downloads": f"{output.parent}/downloads"}
     remind(load(results | {"tracking": {"experiment": "my own"}}))
     told = f"1 results are complete but not in MLflow; to log them: python -m workflow_scripts log-runs {output.parent}"

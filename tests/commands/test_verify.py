@@ -56,7 +56,7 @@ def test_a_results_folder_in_another_is_left_out(
     results = tmp_path / "elsewhere" / "results"
     outputs = {results: config, results / "mine": config.model_copy(update={"seed": 1})}
     for folder, asked in outputs.items():
-        run_main("select_subset", asked, preferences=preferences, output=folder / "datasets/subset.parquet")
+        run_main("select_subset", asked, preferences=preferences, subset=folder / "datasets/subset.parquet")
         (folder / "logs").mkdir()
 
     def misfits(folder: Path) -> str:

@@ -416,7 +416,7 @@ def test_the_published_data_are_downloaded_and_recorded(
 ) -> None:
     published.requests.clear()
     config = DownloadDataset.of(load({"datasets": {dataset: {"hub": hub}}}), dataset)  # type: ignore[arg-type]
-    done = stage("download_dataset", config, output=tmp_path / "dataset.json")
+    done = stage("download_dataset", config, record=tmp_path / "dataset.json")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "dataset.json").read_text())
     facts = PUBLISHED[dataset]
@@ -446,14 +446,14 @@ def test_a_folder_of_the_user_is_used_where_it_is(published: Hub, stage: Stage, 
     published.requests.clear()
     folder = published.repositories["datasets", "ymhao/HPDv2"].folder
     config = DownloadDataset.of(load({"datasets": {"hpsv2": {"hub": {"path": str(folder)}}}}), "hpsv2")
-    done = stage("download_dataset", config, output=tmp_path / "dataset.json")
+    done = stage("download_dataset", config, record=tmp_path / "dataset.json")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "dataset.json").read_text())
     assert (record["folder"], record["repository"], record["revision"]) == (str(folder), None, None)
     assert set(record["files"]) == set(needed_files(config.hub)) and not published.requests
     assert {path.name for path in tmp_path.iterdir()} == {"dataset.json", "dataset.json.provenance.json"}
     config = DownloadDataset.of(load({"datasets": {"imagereward": {"hub": {"path": str(folder)}}}}), "imagereward")
-    done = stage("download_dataset", config, output=tmp_path / "other.json")
+    done = stage("download_dataset", config, record=tmp_path / "other.json")
     assert done.returncode == 1
     assert f"error: {folder}/metadata-train.parquet is missing; datasets.imagereward.hub.path must be" in done.stderr
 

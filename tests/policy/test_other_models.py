@@ -129,7 +129,7 @@ def test_rollouts_are_those_of_a_teacher_forced_forward(
     manifest = prepare(run_main, configured, tmp_path)
     config = GenerateRollouts.of(configured, track, "zeroshot", track, 0, 0, 0)
     output = tmp_path / "rollouts.parquet"
-    sidecar = run_main("generate_rollouts", config, base=manifest, **inputs, output=output)
+    sidecar = run_main("generate_rollouts", config, base=manifest, **inputs, rollouts=output)
     rows = read_table(output, ROLLOUT).to_pylist()
     assert len(rows) == sidecar["metrics"]["rollouts"] == 2 * (8 if track == "imagereward" else 6)
     assert any(row["forced"] for row in rows)

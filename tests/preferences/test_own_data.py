@@ -338,7 +338,7 @@ def png(shade: int) -> bytes:
 def record(run_main: Any, folder: Path, name: str, output: Path) -> Path:
     """Run record_own_data and return the record."""
     configured = load({"datasets": {"own": {"folder": str(folder), "annotations": name}}})
-    run_main("record_own_data", RecordOwnData.of(configured), output=output / "dataset.json")
+    run_main("record_own_data", RecordOwnData.of(configured), record=output / "dataset.json")
     return output / "dataset.json"
 
 
@@ -356,7 +356,7 @@ def test_the_canonical_format_with_files_and_archives(run_main: Any, tmp_path: P
     dataset = record(run_main, folder, "split.parquet", tmp_path)
     assert set(json.loads(dataset.read_text())["files"]) == {"split.parquet", "single/x.png", "all.zip"}
     preferences = tmp_path / "preferences.parquet"
-    run_main("read_annotations", ReadAnnotations(dataset="own", split="test"), record=dataset, output=preferences)
+    run_main("read_annotations", ReadAnnotations(dataset="own", split="test"), record=dataset, preferences=preferences)
     (found,) = read_table(preferences, PREFERENCES).to_pylist()
     pairs = [{"a": "x", "b": "y.png", "preferred": 0}]
     assert found == row | {"prompt_id": "2", "ratings": [3, 4], "pairs": pairs}
@@ -383,7 +383,7 @@ def read_images(run_main: Any, dataset: Path, rows: list[dict[str, Any]], output
     sidecar = {"config": {}, "inputs": {}, "outputs": {subset.name: file_record(subset)}, "warnings": []}
     write_json(sidecar_path(subset), sidecar | {"mlflow_run_id": None})
     config = ReadImages(dataset="own", split="test", shard=0, start=0, stop=None)
-    files = {"output": output / "images.parquet", "listing": output / "images.json"}
+    files = {"images": output / "images.parquet", "listing": output / "images.json"}
     run_main("read_images", config, record=dataset, subset=subset, **files)
     return read_table(output / "images.parquet", IMAGES).to_pylist()
 
@@ -418,4 +418,4 @@ def test_files_that_changed_since_the_record_are_named(run_main: Any, tmp_path: 
     write_csv(folder / "t.csv", [{"prompt": "q", "image": "a.png", "rank": 1, "split": "test"}])
     config = ReadAnnotations(dataset="own", split="test")
     with pytest.raises(ProvenanceError, match=rf"t\.csv {remedy}"):
-        run_main("read_annotations", config, record=dataset, output=tmp_path / "preferences.parquet")
+        run_main("read_annotations", config, record=dataset, preferences=tmp_path / "preferences.parquet")

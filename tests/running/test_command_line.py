@@ -161,14 +161,14 @@ def test_the_rule_s_text_arrives_unchanged(stage: str, config: Any) -> None:
         if {"input", "output"} & set(field.metadata) or name == "checkpoints":
             words += [f"--{name}", name]
     if stage == "make_tables":
-        words = ["accuracy.json", "--adapters", "adapter", *words]
+        words = ["--accuracies", "accuracy.json", "--adapters", "adapter", *words]
     if stage == "make_gallery":
-        words = ["rollouts.parquet", "--images", "images", *words]
+        words = ["--rollouts", "rollouts.parquet", "--images", "images", *words]
     if stage == "make_figures":
         lists = [word for name in ("scores", "subsets", "adapters", "figures") for word in (f"--{name}", name)]
-        words = ["rollouts.parquet", *lists, *words]
+        words = ["--rollouts", "rollouts.parquet", *lists, *words]
     if stage == "make_report":
-        words = ["gallery.parquet", *words]
+        words = ["--galleries", "gallery.parquet", *words]
     arrived = cls.parse(words).config  # type: ignore[attr-defined]
     assert arrived == config and type(arrived) is type(config)
     assert arrived.canonical() == config.canonical()
@@ -195,7 +195,7 @@ def started(words: list[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, **pipes)
 
 
-SUBSET = ["--output", "subset.parquet", "--config", SelectSubset.of(Configuration(), "imagereward", "test").canonical()]
+SUBSET = ["--subset", "subset.parquet", "--config", SelectSubset.of(Configuration(), "imagereward", "test").canonical()]
 
 
 @pytest.mark.parametrize(

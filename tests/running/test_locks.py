@@ -67,7 +67,7 @@ def preferences(tmp_path: Path, with_sidecar: Callable[..., Path]) -> Path:
 def holder(tmp_path: Path, preferences: Path) -> Iterator[subprocess.Popen[str]]:
     """A process in the middle of making out/subset.parquet; it finishes at the end of its input."""
     output = tmp_path / "out" / "subset.parquet"
-    words = ["--preferences", str(preferences), "--output", str(output), "--config", CONFIG.canonical()]
+    words = ["--preferences", str(preferences), "--subset", str(output), "--config", CONFIG.canonical()]
     process = python(HOLDING, *words)
     assert process.stdout and process.stdout.readline() == "holding\n"
     yield process
@@ -80,7 +80,7 @@ def test_a_second_process_is_refused_and_the_first_finishes(
 ) -> None:
     output = tmp_path / "out" / "subset.parquet"
     with pytest.raises(LockedError) as refusal:
-        run_main("select_subset", CONFIG, preferences=preferences, output=output)
+        run_main("select_subset", CONFIG, preferences=preferences, subset=output)
     said = str(refusal.value)
     assert f"{output} is being made by another process; wait for it or end it" in said
     assert f"process {holder.pid} on {os.uname().nodename}" in said
@@ -97,14 +97,14 @@ def test_a_killed_process_blocks_nobody(
     output = tmp_path / "out" / "subset.parquet"
     holder.kill()
     holder.wait()
-    run_main("select_subset", CONFIG, preferences=preferences, output=output)
+    run_main("select_subset", CONFIG, preferences=preferences, subset=output)
     assert {path.name for path in output.parent.iterdir()} == {output.name, f"{output.name}.provenance.json"}
 
 
 def test_another_output_is_free(
     holder: subprocess.Popen[str], preferences: Path, run_main: Any, tmp_path: Path
 ) -> None:
-    run_main("select_subset", CONFIG, preferences=preferences, output=tmp_path / "out" / "other.parquet")
+    run_main("select_subset", CONFIG, preferences=preferences, subset=tmp_path / "out" / "other.parquet")
     assert holder.poll() is None
 
 
@@ -113,8 +113,8 @@ def test_a_failed_stage_lets_go(preferences: Path, run_main: Any, tmp_path: Path
     in_the_way = tmp_path / f".subset.parquet.{os.getpid()}.tmp"
     in_the_way.mkdir()
     with pytest.raises(OSError):
-        run_main("select_subset", CONFIG, preferences=preferences, output=output)
-    run_main("select_subset", CONFIG, preferences=preferences, output=output)
+        run_main("select_subset", CONFIG, preferences=preferences, subset=output)
+    run_main("select_subset", CONFIG, preferences=preferences, subset=output)
     assert not list(tmp_path.glob(".*.lock"))
 
 

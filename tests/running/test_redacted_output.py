@@ -88,7 +88,7 @@ def words(tmp_path: Path, with_sidecar: Callable[..., Path]) -> list[str]:
     row = dict.fromkeys(PREFERENCES.names) | {"image_ids": ["a", "b"], "archives": ["z", "z"], "ranks": [1, 2]}
     write_preferences(path, [row | {"prompt_id": f"p{i}", "prompt": f"prompt {i}"} for i in range(3)])
     config = SelectSubset.of(Configuration(), "imagereward", "test").canonical()
-    files = ["--preferences", str(with_sidecar(path)), "--output", str(tmp_path / "subset.parquet")]
+    files = ["--preferences", str(with_sidecar(path)), "--subset", str(tmp_path / "subset.parquet")]
     return [*files, "--config", config, "--log_file", str(tmp_path / "subset.log")]
 
 

@@ -99,7 +99,7 @@ def listing(tmp_path: Path, run_main: Any, with_sidecar: Any) -> dict[str, Any]:
         ReadImages(dataset="imagereward", split="test", shard=0, start=0, stop=10),
         record=with_sidecar(tmp_path / "dataset.json"),
         subset=with_sidecar(tmp_path / "subset.parquet"),
-        output=tmp_path / "images.parquet",
+        images=tmp_path / "images.parquet",
         listing=tmp_path / "images.json",
     )
     assert "5 images are unreadable and 1 missing" in sidecar["warnings"][0]
@@ -234,7 +234,7 @@ def test_rollouts_of_odd_prompts(
     inputs = odd_inputs(tmp_path, base_manifest, with_sidecar, "test")
     configuration = load({"rollouts": {"sampling": SHORT}})
     config = GenerateRollouts.of(configuration, track, "zeroshot", "imagereward", 0, 0, 0)
-    sidecar = run_main("generate_rollouts", config, **inputs, output=tmp_path / "rollouts.parquet")
+    sidecar = run_main("generate_rollouts", config, **inputs, rollouts=tmp_path / "rollouts.parquet")
     judged = set(pq.read_table(tmp_path / "rollouts.parquet")["prompt_id"].to_pylist())
     pairs = track == "hpsv2"
     assert judged == set(ODD_PROMPTS) - {"long"} - ({"single"} if pairs else set())
@@ -248,16 +248,16 @@ def test_rollouts_of_odd_prompts(
     run_main(
         "score_rollouts",
         ScoreRollouts.of(configuration, track, "zeroshot", "imagereward", 0),
-        positional=(with_sidecar(tmp_path / "rollouts.parquet"),),
-        output=tmp_path / "scores.parquet",
+        rollouts=[with_sidecar(tmp_path / "rollouts.parquet")],
+        scores=tmp_path / "scores.parquet",
     )
     run_main(
         "measure_accuracy",
         MeasureAccuracy.of(configuration, track, "zeroshot", "imagereward", 0),
         scores=tmp_path / "scores.parquet",
         subset=inputs["subset"],
-        dataset_record=with_sidecar(tmp_path / "dataset.json"),
-        output=tmp_path / "accuracy.json",
+        record=with_sidecar(tmp_path / "dataset.json"),
+        accuracy=tmp_path / "accuracy.json",
         prompts=tmp_path / "prompts.parquet",
     )
     record = json.loads((tmp_path / "accuracy.json").read_text())
@@ -319,14 +319,14 @@ def test_a_test_set_without_a_question_is_refused(
     """A shard may come out empty; with all of them empty there is nothing to score."""
     inputs = odd_inputs(tmp_path, base_manifest, with_sidecar, "test", LONG)
     config = GenerateRollouts.of(Configuration(), track, "zeroshot", "imagereward", 0, shard, 0)
-    sidecar = run_main("generate_rollouts", config, **inputs, output=tmp_path / "rollouts.parquet")
+    sidecar = run_main("generate_rollouts", config, **inputs, rollouts=tmp_path / "rollouts.parquet")
     assert sidecar["metrics"]["rollouts"] == 0 and len(sidecar["warnings"]) == (shard == 0)
     with pytest.raises(SchemaError, match=rf"{tmp_path} holds no rollout: .*choose other test data or another policy"):
         run_main(
             "score_rollouts",
             ScoreRollouts.of(Configuration(), track, "zeroshot", "imagereward", 0),
-            positional=(tmp_path / "rollouts.parquet",),
-            output=tmp_path / "scores.parquet",
+            rollouts=[tmp_path / "rollouts.parquet"],
+            scores=tmp_path / "scores.parquet",
         )
 
 
@@ -347,7 +347,7 @@ def run_read_annotations(folder: Path, content: bytes | None, output: Path) -> s
         "workflow_scripts.stages.read_annotations",
         "--record",
         str(record),
-        "--output",
+        "--preferences",
         str(output),
     ]
     command += ["--config", ReadAnnotations.of(Configuration(), "imagereward", "test").canonical()]

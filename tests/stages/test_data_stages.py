@@ -61,8 +61,10 @@ def run_stage() -> Iterator[RunStage]:
         def run(stage: str, config: Any, **files: Path) -> dict[str, Any]:
             command = [word for name, path in files.items() for word in (f"--{name}", str(path))]
             patch.setattr("sys.argv", [stage, *command, "--config", config.canonical()])
-            importlib.import_module(f"workflow_scripts.stages.{stage}").main()
-            return verify(files["output"])
+            module = importlib.import_module(f"workflow_scripts.stages.{stage}")
+            module.main()
+            first = next(name for name, field in module.Arguments.model_fields.items() if "output" in field.metadata)
+            return verify(files[first])
 
         yield run
 
@@ -75,7 +77,9 @@ def read_and_select(run_stage: RunStage, c: Configuration, folder: Path, dataset
     splits: list[Split] = ["test", "train", "validation"] if own_validation else ["test", "train"]
     for split in splits:
         output = folder / dataset / split / "preferences.parquet"
-        sidecar = run_stage("read_annotations", ReadAnnotations.of(c, dataset, split), record=record, output=output)
+        sidecar = run_stage(
+            "read_annotations", ReadAnnotations.of(c, dataset, split), record=record, preferences=output
+        )
         metrics[f"{split} preferences"] = sidecar["metrics"]
     tables = {split: folder / dataset / split / "preferences.parquet" for split in splits}
     selections: list[tuple[Split, dict[str, Path]]] = [
@@ -94,7 +98,7 @@ def read_and_select(run_stage: RunStage, c: Configuration, folder: Path, dataset
     ]
     for split, inputs in selections:
         output = folder / dataset / split / "subset.parquet"
-        sidecar = run_stage("select_subset", SelectSubset.of(c, dataset, split), **inputs, output=output)
+        sidecar = run_stage("select_subset", SelectSubset.of(c, dataset, split), **inputs, subset=output)
         metrics[f"{split} subset"] = sidecar["metrics"]
     return metrics
 
@@ -106,7 +110,7 @@ def imagereward(
     """Return the folder of a small ImageRewardDB with its canonical tables, and the stages' metrics."""
     folder = tmp_path_factory.mktemp("world")
     output = folder / "imagereward" / "dataset.json"
-    run_stage("synthesize_dataset", SynthesizeDataset.of(configuration, "imagereward"), output=output)
+    run_stage("synthesize_dataset", SynthesizeDataset.of(configuration, "imagereward"), record=output)
     return folder, read_and_select(run_stage, configuration, folder, "imagereward")
 
 
@@ -117,7 +121,7 @@ def hpsv2(
     """Return the folder of a small HPDv2 with its canonical tables, and the stages' metrics."""
     folder = tmp_path_factory.mktemp("world")
     output = folder / "hpsv2" / "dataset.json"
-    run_stage("synthesize_dataset", SynthesizeDataset.of(configuration, "hpsv2"), output=output)
+    run_stage("synthesize_dataset", SynthesizeDataset.of(configuration, "hpsv2"), record=output)
     return folder, read_and_select(run_stage, configuration, folder, "hpsv2")
 
 
@@ -131,7 +135,7 @@ def read_images(run_stage: RunStage, c: Configuration, folder: Path, dataset: Da
         config,
         record=folder / dataset / "dataset.json",
         subset=place / "subset.parquet",
-        output=output,
+        images=output,
         listing=listing,
     )
     return read_table(output, IMAGES)["image_id"].to_pylist(), json.loads(listing.read_text())
@@ -148,7 +152,7 @@ def test_record_says_synthetic_and_what_was_measured(
         assert (record["source"], record["revision"], record["dataset"]) == ("synthetic", "seed 0", dataset)
         assert 0.5 < record["measured"]["ceiling"] < 1
         assert all((path.parent / name).stat().st_size == file["bytes"] for name, file in record["files"].items())
-        run_stage("synthesize_dataset", SynthesizeDataset.of(configuration, dataset), output=path)  # type: ignore[arg-type]
+        run_stage("synthesize_dataset", SynthesizeDataset.of(configuration, dataset), record=path)  # type: ignore[arg-type]
         assert path.read_text() == text
 
 
@@ -194,7 +198,7 @@ def test_single_pairs_can_be_kept(hpsv2: tuple[Path, Any], run_stage: RunStage, 
             SelectSubset.of(c, "hpsv2", split),  # type: ignore[arg-type]
             preferences=inputs["train"],
             test_preferences=inputs["test"],
-            output=tmp_path / f"{split}.parquet",
+            subset=tmp_path / f"{split}.parquet",
         )
         selected[split] = read_table(tmp_path / f"{split}.parquet", SUBSET).to_pylist()
     assert sum(len(row["pairs"]) for row in selected["train"]) == 14  # of 23 * 6
@@ -211,12 +215,12 @@ def test_overlap_is_kept_when_asked(imagereward: tuple[Path, Any], run_stage: Ru
     config = SelectSubset.of(load({"datasets": {"imagereward": {"drop_overlap": False}}}), "imagereward", "train")
     output = tmp_path / "subset.parquet"
     metrics = run_stage(
-        "select_subset", config, preferences=tables["train"], test_preferences=tables["test"], output=output
+        "select_subset", config, preferences=tables["train"], test_preferences=tables["test"], subset=output
     )["metrics"]
     assert (metrics["overlap_texts"], metrics["dropped"], metrics["kept"]) == (1, 0, 24)
     with pytest.raises(ValueError, match="drop_overlap needs --test_preferences"):
         strict = config.model_copy(update={"drop_overlap": True})
-        run_stage("select_subset", strict, preferences=tables["train"], output=output)
+        run_stage("select_subset", strict, preferences=tables["train"], subset=output)
 
 
 def test_images_of_a_shard_and_no_others(
@@ -267,7 +271,7 @@ def test_mostly_missing_images_are_an_error(
             ReadImages.of(configuration, "imagereward", "test", 0),
             record=folder / "imagereward/dataset.json",
             subset=subset,
-            output=tmp_path / "images.parquet",
+            images=tmp_path / "images.parquet",
             listing=tmp_path / "images.json",
         )
     assert not sidecar_path(tmp_path / "images.parquet").exists()
@@ -276,12 +280,12 @@ def test_mostly_missing_images_are_an_error(
 def test_changed_raw_file_is_noticed(run_stage: RunStage, configuration: Configuration, tmp_path: Path) -> None:
     """A raw file that differs from the record is not read."""
     record = tmp_path / "dataset.json"
-    run_stage("synthesize_dataset", SynthesizeDataset.of(configuration, "hpsv2"), output=record)
+    run_stage("synthesize_dataset", SynthesizeDataset.of(configuration, "hpsv2"), record=record)
     test = tmp_path / "test.json"
     test.write_text(test.read_text().replace("red", "RED"))
     config = ReadAnnotations.of(configuration, "hpsv2", "test")
     with pytest.raises(ProvenanceError, match=r"test\.json is not what its stage wrote"):
-        run_stage("read_annotations", config, record=record, output=tmp_path / "preferences.parquet")
+        run_stage("read_annotations", config, record=record, preferences=tmp_path / "preferences.parquet")
 
 
 def test_hpsv2_has_no_validation_annotations(
@@ -291,7 +295,7 @@ def test_hpsv2_has_no_validation_annotations(
     config = ReadAnnotations.of(configuration, "hpsv2", "validation")
     record = hpsv2[0] / "hpsv2/dataset.json"
     with pytest.raises(SchemaError, match="select_subset draws one"):
-        run_stage("read_annotations", config, record=record, output=tmp_path / "preferences.parquet")
+        run_stage("read_annotations", config, record=record, preferences=tmp_path / "preferences.parquet")
 
 
 # ----------------------------------------------------------------------------------------- a folder that is there
@@ -307,10 +311,10 @@ def test_published_files_in_a_folder_of_the_user_are_read_as_the_synthetic_world
         sizes |= {"validation_prompts": 8, "prompts_per_archive": 4}
     synthetic = load({"datasets": {dataset: {"synthetic": sizes, "validation_prompts": 2}}})
     record = tmp_path / "world" / dataset / "dataset.json"
-    run_stage("synthesize_dataset", SynthesizeDataset.of(synthetic, dataset), output=record)
+    run_stage("synthesize_dataset", SynthesizeDataset.of(synthetic, dataset), record=record)
     there = {"source": "hub", "hub": hub | {"path": str(record.parent)}, "validation_prompts": 2}
     own = load({"datasets": {dataset: there}})
-    run_stage("download_dataset", DownloadDataset.of(own, dataset), output=tmp_path / "own" / dataset / "dataset.json")
+    run_stage("download_dataset", DownloadDataset.of(own, dataset), record=tmp_path / "own" / dataset / "dataset.json")
     for name, c in (("world", synthetic), ("own", own)):
         read_and_select(run_stage, c, tmp_path / name, dataset)
         for split in ("train", "validation", "test"):

@@ -148,7 +148,7 @@ def test_score_rollouts_joins_all_files(run_main: Any, with_sidecar: Any, tmp_pa
         files.append(with_sidecar(path))
     output = tmp_path / "scores.parquet"
     config = ScoreRollouts.of(Configuration(), "hpsv2", "grpo", "hpsv2", 0)
-    sidecar = run_main("score_rollouts", config, positional=tuple(files), output=output)
+    sidecar = run_main("score_rollouts", config, rollouts=files, scores=output)
     table = pq.read_table(output)
     assert table.schema.equals(SCORE)
     names = list(zip(*(table[name].to_pylist() for name in ("prompt_id", "image_id", "k")), strict=True))
@@ -205,7 +205,7 @@ def measured_inputs(folder: Path, with_sidecar: Callable[..., Path], soft: Any, 
         "files": {"truth-test.parquet": file_record(folder / "truth-test.parquet")},
     }
     write_json(folder / "dataset.json", record)
-    files = {"scores": "scores.parquet", "subset": "subset.parquet", "dataset_record": "dataset.json"}
+    files = {"scores": "scores.parquet", "subset": "subset.parquet", "record": "dataset.json"}
     return {name: with_sidecar(folder / file) for name, file in files.items()}
 
 
@@ -245,7 +245,7 @@ def test_accuracies_are_those_of_brute_force_under_every_rule(run_main: Any, wit
     inputs = measured_inputs(tmp_path / "in", with_sidecar, SOFT, HARD)
     config = MeasureAccuracy.of(MEASURING, "imagereward", "grpo", "imagereward", 0)
     output, prompts = tmp_path / "imagereward.json", tmp_path / "imagereward-prompts.parquet"
-    run_main("measure_accuracy", config, **inputs, output=output, prompts=prompts)
+    run_main("measure_accuracy", config, **inputs, accuracy=output, prompts=prompts)
     record = json.loads(output.read_text())
     assert (record["prompts"], record["images"], record["rollouts"]) == (2, 6, 2)
     assert (record["data_source"], record["forced_share"]) == ("synthetic", 0.5)
@@ -272,7 +272,7 @@ def test_accuracies_checked_by_hand(run_main: Any, with_sidecar: Any, tmp_path: 
     inputs = measured_inputs(tmp_path / "in", with_sidecar, SOFT, HARD)
     config = MeasureAccuracy.of(MEASURING, "imagereward", "grpo", "imagereward", 0)
     output = tmp_path / "imagereward.json"
-    run_main("measure_accuracy", config, **inputs, output=output, prompts=tmp_path / "imagereward-prompts.parquet")
+    run_main("measure_accuracy", config, **inputs, accuracy=output, prompts=tmp_path / "imagereward-prompts.parquet")
     record = json.loads(output.read_text())
     official = {"tie": "wrong", "average": "micro", "label_tie": "dropped", "missing": "wrong", "against": "labels"}
     # Rollout 0: 3 of 3 and 1 of 2; rollout 1: 2 of 3 (a tie) and 2 of 2.
@@ -298,7 +298,7 @@ def test_hpdv2_counts_ties_as_right_and_averages_over_prompts(run_main: Any, wit
     inputs = measured_inputs(tmp_path / "in", with_sidecar, scaled, {p: [(1, 0)] * 3 for p in RANKS})
     config = MeasureAccuracy.of(MEASURING, "hpsv2", "grpo", "hpsv2", 0)
     output = tmp_path / "hpsv2.json"
-    run_main("measure_accuracy", config, **inputs, output=output, prompts=tmp_path / "hpsv2-prompts.parquet")
+    run_main("measure_accuracy", config, **inputs, accuracy=output, prompts=tmp_path / "hpsv2-prompts.parquet")
     record = json.loads(output.read_text())
     official = {"tie": "right", "average": "macro", "label_tie": "right", "missing": "wrong", "against": "labels"}
     assert record["official"] == {name: official[name] for name in ("tie", "average", "label_tie")}
@@ -312,7 +312,7 @@ def test_a_collapsed_policy_still_has_its_accuracies(run_main: Any, with_sidecar
     inputs = measured_inputs(tmp_path / "in", with_sidecar, same, same)
     config = MeasureAccuracy.of(MEASURING, "imagereward", "grpo", "imagereward", 0)
     output = tmp_path / "imagereward.json"
-    run_main("measure_accuracy", config, **inputs, output=output, prompts=tmp_path / "imagereward-prompts.parquet")
+    run_main("measure_accuracy", config, **inputs, accuracy=output, prompts=tmp_path / "imagereward-prompts.parquet")
     record = json.loads(output.read_text())
     for tie, accuracy in {"wrong": 0.0, "half": 0.5, "right": 1.0, "dropped": None}.items():
         rule = {"tie": tie, "average": "micro", "missing": "wrong", "against": "labels", "label_tie": "dropped"}
@@ -331,7 +331,7 @@ def tables(run_main: Any, with_sidecar: Any, tmp_path: Path) -> dict[str, Any]:
             "measure_accuracy",
             MeasureAccuracy.of(MEASURING, "imagereward", policy, "imagereward", 0),  # type: ignore[arg-type]
             **inputs,
-            output=accuracies[-1],
+            accuracy=accuracies[-1],
             prompts=tmp_path / policy / "imagereward-prompts.parquet",
         )
     base, adapter = tmp_path / "manifest.json", tmp_path / "adapter_model.safetensors"
@@ -344,7 +344,7 @@ def tables(run_main: Any, with_sidecar: Any, tmp_path: Path) -> dict[str, Any]:
     run_main(
         "make_tables",
         MakeTables.of(MEASURING.model_copy(update={"tracks": ["imagereward"]})),
-        positional=tuple(accuracies),
+        accuracies=accuracies,
         base=base,
         adapters=[adapter],
         **outputs,
@@ -432,7 +432,7 @@ def test_an_adapter_of_another_base_policy_is_refused(run_main: Any, with_sideca
     with pytest.raises(
         PolicyError, match=r"adapter was trained on another base policy than .*base \(.*; train it again"
     ):
-        run_main("generate_rollouts", config, **inputs, output=tmp_path / "rollouts.parquet")
+        run_main("generate_rollouts", config, **inputs, rollouts=tmp_path / "rollouts.parquet")
 
 
 # ------------------------------------------------------------------------------------------------------------ training

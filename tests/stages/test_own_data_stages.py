@@ -46,10 +46,10 @@ def configuration(folder: Path, annotations: str, protocol: str) -> Any:
 def data_stages(run_main: Any, configured: Any, out: Path) -> Path:
     """Run the stages from the folder to images; return the record."""
     record = out / "dataset.json"
-    run_main("record_own_data", RecordOwnData.of(configured), output=record)
+    run_main("record_own_data", RecordOwnData.of(configured), record=record)
     for split in SPLITS:
         config = ReadAnnotations.of(configured, "own", split)  # type: ignore[arg-type]
-        run_main("read_annotations", config, record=record, output=out / split / "preferences.parquet")
+        run_main("read_annotations", config, record=record, preferences=out / split / "preferences.parquet")
     others = {"train": ["test"], "validation": ["test", "train"], "test": []}
     for split in SPLITS:
         leaks = {f"{other}_preferences": out / other / "preferences.parquet" for other in others[split]}
@@ -57,10 +57,10 @@ def data_stages(run_main: Any, configured: Any, out: Path) -> Path:
             "select_subset",
             SelectSubset.of(configured, "own", split),  # type: ignore[arg-type]
             preferences=out / split / "preferences.parquet",
-            output=out / split / "subset.parquet",
+            subset=out / split / "subset.parquet",
             **leaks,
         )
-        images = {"output": out / split / "images.parquet", "listing": out / split / "images.json"}
+        images = {"images": out / split / "images.parquet", "listing": out / split / "images.json"}
         config = ReadImages.of(configured, "own", split, 0)  # type: ignore[arg-type]
         run_main("read_images", config, record=record, subset=out / split / "subset.parquet", **images)
     return record
@@ -107,17 +107,17 @@ def test_the_example_reaches_the_tables(run_main: Any, tmp_path: Path, annotatio
             **trained,
             subset=out / "test/subset.parquet",
             images=out / "test/images.parquet",
-            output=rollouts,
+            rollouts=rollouts,
         )
         config = ScoreRollouts.of(configured, "own", policy, "own", 0)  # type: ignore[arg-type]
-        run_main("score_rollouts", config, positional=(rollouts,), output=scores)
+        run_main("score_rollouts", config, rollouts=[rollouts], scores=scores)
         run_main(
             "measure_accuracy",
             MeasureAccuracy.of(configured, "own", policy, "own", 0),  # type: ignore[arg-type]
             scores=scores,
             subset=out / "test/subset.parquet",
-            dataset_record=record,
-            output=accuracy,
+            record=record,
+            accuracy=accuracy,
             prompts=accuracy.with_name("own-prompts.parquet"),
         )
         accuracies.append(accuracy)
@@ -125,7 +125,7 @@ def test_the_example_reaches_the_tables(run_main: Any, tmp_path: Path, annotatio
     run_main(
         "make_tables",
         MakeTables.of(configured),
-        positional=tuple(accuracies),
+        accuracies=accuracies,
         base=base,
         adapters=[adapter],
         **tables,
@@ -148,7 +148,7 @@ def test_the_example_reaches_the_tables(run_main: Any, tmp_path: Path, annotatio
     config = GenerateRollouts.of(configured, "own", "zeroshot", "own", 0, 0, 0)
     beyond = config.model_copy(update={"start": 1000, "stop": 2000})
     inputs = {"base": base, "subset": out / "test/subset.parquet", "images": out / "test/images.parquet"}
-    run_main("generate_rollouts", beyond, **inputs, output=out / "beyond.parquet")
+    run_main("generate_rollouts", beyond, **inputs, rollouts=out / "beyond.parquet")
     assert len(read_table(out / "beyond.parquet", ROLLOUT)) == 0
 
 

@@ -66,7 +66,7 @@ def preferences(tmp_path: Path, with_sidecar: Callable[..., Path]) -> Path:
 
 def words(preferences: Path, output: Path, config: SelectSubset = CONFIG) -> list[str]:
     """Command line of select_subset."""
-    return ["--preferences", str(preferences), "--output", str(output), "--config", config.canonical()]
+    return ["--preferences", str(preferences), "--subset", str(output), "--config", config.canonical()]
 
 
 def artifacts(run: Any, folder: str | None = None) -> dict[str, Path]:
@@ -86,7 +86,7 @@ def test_a_finished_stage_is_one_run_with_all_it_used_and_made(
 ) -> None:
     output, log = tmp_path / "out" / "subset.parquet", tmp_path / "subset.log"
     log.write_text("what was said\n")
-    sidecar = run_main("select_subset", CONFIG, preferences=preferences, output=output, log_file=log)
+    sidecar = run_main("select_subset", CONFIG, preferences=preferences, subset=output, log_file=log)
     (run,) = store()
     assert (run.info.status, run.info.run_name) == ("FINISHED", "select_subset · imagereward · test · seed 0")
     told = {name: str(value) for name, value in CONFIG.model_dump(mode="json").items() if value is not None}
@@ -117,7 +117,7 @@ def test_a_finished_stage_is_one_run_with_all_it_used_and_made(
 def test_a_rerun_replaces_its_predecessor(store: Any, preferences: Path, run_main: Any, tmp_path: Path) -> None:
     output = tmp_path / "subset.parquet"
     for _ in range(2):
-        sidecar = run_main("select_subset", CONFIG, preferences=preferences, output=output)
+        sidecar = run_main("select_subset", CONFIG, preferences=preferences, subset=output)
     (run,) = store()
     assert run.info.run_id == sidecar["mlflow_run_id"] and run.info.status == "FINISHED"
 
@@ -125,7 +125,7 @@ def test_a_rerun_replaces_its_predecessor(store: Any, preferences: Path, run_mai
 def test_another_configuration_is_another_run(store: Any, preferences: Path, run_main: Any, tmp_path: Path) -> None:
     for seed in (0, 1):
         config = CONFIG.model_copy(update={"seed": seed})
-        run_main("select_subset", config, preferences=preferences, output=tmp_path / f"{seed}.parquet")
+        run_main("select_subset", config, preferences=preferences, subset=tmp_path / f"{seed}.parquet")
     runs = store("FINISHED")
     assert [run.data.params["seed"] for run in runs] == ["0", "1"]
     assert len({run.data.tags["stage_key"] for run in runs}) == 2
@@ -139,14 +139,14 @@ def test_a_failed_stage_leaves_a_failed_run_with_its_traceback(
     in_the_way = output.parent / f".subset.parquet.{os.getpid()}.tmp"
     in_the_way.mkdir(parents=True)
     with pytest.raises(OSError):
-        run_main("select_subset", CONFIG, preferences=preferences, output=output, log_file=log)
+        run_main("select_subset", CONFIG, preferences=preferences, subset=output, log_file=log)
     (run,) = store()
     assert run.info.status == "FAILED"
     found = artifacts(run)
     assert "Traceback" in found["traceback.txt"].read_text() and str(in_the_way) in found["traceback.txt"].read_text()
     assert found["log/subset.log"].read_text() == "what was said\n"
     # The run that succeeds replaces finished ones only.
-    run_main("select_subset", CONFIG, preferences=preferences, output=output)
+    run_main("select_subset", CONFIG, preferences=preferences, subset=output)
     assert [run.info.status for run in store()] == ["FAILED", "FINISHED"]
     assert len({run.data.tags["stage_key"] for run in store()}) == 1
 
@@ -154,7 +154,7 @@ def test_a_failed_stage_leaves_a_failed_run_with_its_traceback(
 def test_a_changed_input_stops_the_stage(store: Any, preferences: Path, run_main: Any, tmp_path: Path) -> None:
     preferences.write_bytes(preferences.read_bytes()[::-1])
     with pytest.raises(RuntimeError, match=r"preferences\.parquet is not what its stage wrote"):
-        run_main("select_subset", CONFIG, preferences=preferences, output=tmp_path / "subset.parquet")
+        run_main("select_subset", CONFIG, preferences=preferences, subset=tmp_path / "subset.parquet")
     (run,) = store()
     assert run.info.status == "FAILED" and "ProvenanceError" in artifacts(run)["traceback.txt"].read_text()
     assert not (tmp_path / "subset.parquet").exists()
@@ -250,7 +250,7 @@ def test_a_large_output_is_attached_by_its_digest(
 ) -> None:
     monkeypatch.setenv("SOFTPREF_ARTIFACT_MEGABYTES", "0.001")
     output = tmp_path / "subset.parquet"
-    run_main("select_subset", CONFIG, preferences=preferences, output=output)
+    run_main("select_subset", CONFIG, preferences=preferences, subset=output)
     found = artifacts(store()[0])
     assert output.stat().st_size > 1000 and "subset.parquet" not in found
     assert found["subset.parquet.path.txt"].read_text() == f"{output}\nsha256 {file_digest(output)}\n"
@@ -259,7 +259,7 @@ def test_a_large_output_is_attached_by_its_digest(
 def test_runs_and_experiment_say_what_they_are(store: Any, preferences: Path, run_main: Any, tmp_path: Path) -> None:
     for seed in (0, 1):
         config = CONFIG.model_copy(update={"seed": seed})
-        run_main("select_subset", config, preferences=preferences, output=tmp_path / f"{seed}.parquet")
+        run_main("select_subset", config, preferences=preferences, subset=tmp_path / f"{seed}.parquet")
         client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
         experiment = client.get_experiment(store()[0].info.experiment_id)
         note = experiment.tags["mlflow.note.content"]
@@ -275,7 +275,7 @@ def test_without_an_address_nothing_is_tracked(
     store: Any, preferences: Path, run_main: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    sidecar = run_main("select_subset", CONFIG, preferences=preferences, output=tmp_path / "subset.parquet")
+    sidecar = run_main("select_subset", CONFIG, preferences=preferences, subset=tmp_path / "subset.parquet")
     assert sidecar["mlflow_run_id"] is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert store() == []
@@ -307,7 +307,7 @@ def test_killed_processes_leave_no_running_run(store: Any, preferences: Path, ru
     processes[0].kill()
     processes[0].wait()
     assert {run.info.run_id for run in store("RUNNING")} == {killed, waiting}
-    run_main("select_subset", CONFIG, preferences=preferences, output=tmp_path / "subset.parquet")
+    run_main("select_subset", CONFIG, preferences=preferences, subset=tmp_path / "subset.parquet")
     states = {run.info.run_id: run.info.status for run in store()}
     assert (states[killed], states[waiting]) == ("FAILED", "RUNNING")
     # A cancelled stage closes its run itself.

@@ -1,6 +1,6 @@
 """Download ImageRewardDB or HPDv2 from the Hugging Face Hub: only the files that are read.
 
-python -m workflow_scripts.stages.download_dataset --output results/downloads/hub/hpsv2/dataset.json \
+python -m workflow_scripts.stages.download_dataset --record results/downloads/hub/hpsv2/dataset.json \
     --config '{"dataset": "hpsv2", "hub": {"repository": "ymhao/HPDv2", "revision": "main"}}'
 
 The output is the record of the data set. The raw files stand beside it in a folder named by the commit, or stay in
@@ -25,7 +25,7 @@ OTHER_ARCHIVES = {"validation": 2, "test": 2}
 class Arguments(StageArguments):
     """Download ImageRewardDB or HPDv2 from the Hugging Face Hub: only the files that are read."""
 
-    output: Output
+    record: Output
     """dataset.json: repository, commit, and the digest of every raw file."""
     config: DownloadDataset
     """Data set, and where it is published."""
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = Arguments.parse()
     with run_stage(arguments) as run:
         hub, dataset = arguments.config.hub, arguments.config.dataset
-        names, beside, key = needed_files(hub), arguments.output.parent, f"datasets.{dataset}.hub"
+        names, beside, key = needed_files(hub), arguments.record.parent, f"datasets.{dataset}.hub"
         if hub.path:
             folder, repository, commit = Path(hub.path).expanduser().resolve(), None, None
             files = {name: file_record(published_file(folder, name, key)) for name in names}
@@ -51,7 +51,7 @@ def main() -> None:
             "folder": str(folder.relative_to(beside) if folder.is_relative_to(beside) else folder),
             "files": files,
         }
-        write_json(arguments.output, record)
+        write_json(arguments.record, record)
         run.metrics({"files": len(files), "bytes": sum(file["bytes"] for file in files.values())})
 
 

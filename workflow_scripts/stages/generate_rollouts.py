@@ -4,7 +4,7 @@ python -m workflow_scripts.stages.generate_rollouts --base results/policies/base
     --adapter results/policies/imagereward/seed0/adapter_model.safetensors \
     --subset results/datasets/imagereward/test/subset.parquet \
     --images results/datasets/imagereward/test/images-0000.parquet \
-    --output results/rollouts/imagereward/grpo/seed0/imagereward/0000-0000.parquet --config '{"track": …}'
+    --rollouts results/rollouts/imagereward/grpo/seed0/imagereward/0000-0000.parquet --config '{"track": …}'
 
 Without `--adapter` the base policy answers (zero-shot).
 """
@@ -33,7 +33,7 @@ class Arguments(StageArguments):
     """Test prompts in hash order."""
     images: Input
     """Images of this shard."""
-    output: Output
+    rollouts: Output
     """Rollouts."""
     config: GenerateRollouts
     """Configuration of this stage as JSON."""
@@ -83,7 +83,7 @@ def main() -> None:
                 seed=f"{config.track} {config.policy} {config.test} {config.seed} {config.shard} {config.block}",
             )
         )
-        write_rollouts(arguments.output, rollouts)
+        write_rollouts(arguments.rollouts, rollouts)
         run.metrics(
             {
                 "items": len(items),

@@ -1,15 +1,13 @@
 """Draw the figures: each as SVG and PNG, with its data as CSV.
 
-python -m workflow_scripts.stages.make_figures results/rollouts/*/*/seed*/*/*.parquet \
+python -m workflow_scripts.stages.make_figures --rollouts results/rollouts/*/*/seed*/*/*.parquet \
     --scores results/scores/imagereward/grpo/seed0/imagereward.parquet \
     --subsets results/datasets/imagereward/test/subset.parquet \
     --adapters results/policies/imagereward/seed0/adapter_model.safetensors \
-    --figures results/figures/mean_at_k.csv --figures results/figures/mean_at_k.svg --config '{"tracks": …}'
+    --figures results/figures/mean_at_k.csv results/figures/mean_at_k.svg --config '{"tracks": …}'
 """
 
 from pathlib import Path
-
-from pydantic_settings import CliPositionalArg
 
 from workflow_scripts.configuration.stages import MakeFigures
 from workflow_scripts.files.writing import replacing
@@ -23,7 +21,7 @@ from workflow_scripts.tracking.stage_run import run_stage
 class Arguments(StageArguments):
     """Draw the figures: each as SVG and PNG, with its data as CSV."""
 
-    rollouts: CliPositionalArg[list[Input]]
+    rollouts: list[Input]
     """Rollout files of every policy, test set and seed."""
     scores: list[Input]
     """Scores of the same."""

@@ -1,10 +1,11 @@
 """Collect prompts of a test set for people to look at: their images, ranked by a policy and by humans, with thoughts.
 
-python -m workflow_scripts.stages.make_gallery results/rollouts/imagereward/grpo/seed0/imagereward/0000-*.parquet \
+python -m workflow_scripts.stages.make_gallery \
+    --rollouts results/rollouts/imagereward/grpo/seed0/imagereward/0000-*.parquet \
     --scores results/scores/imagereward/grpo/seed0/imagereward.parquet \
     --subset results/datasets/imagereward/test/subset.parquet \
     --images results/datasets/imagereward/test/images-0000.parquet \
-    --output results/gallery/imagereward/grpo/seed0/imagereward.parquet --config '{"track": "imagereward", …}'
+    --gallery results/gallery/imagereward/grpo/seed0/imagereward.parquet --config '{"track": "imagereward", …}'
 
 The prompts are the first ones in the hash order of the test set: an unbiased sample, and the same for every policy.
 Some of them become traces of this run in MLflow.
@@ -13,7 +14,6 @@ Some of them become traces of this run in MLflow.
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic_settings import CliPositionalArg
 
 from workflow_scripts.configuration.stages import MakeGallery
 from workflow_scripts.files.writing import replacing
@@ -32,7 +32,7 @@ from workflow_scripts.tracking.stage_run import run_stage
 class Arguments(StageArguments):
     """Collect prompts of a test set for people to look at."""
 
-    rollouts: CliPositionalArg[list[Input]]
+    rollouts: list[Input]
     """Rollout files of the first shards: all blocks."""
     scores: Input
     """Scores of the same policy on the same test set."""
@@ -40,7 +40,7 @@ class Arguments(StageArguments):
     """Test prompts with their annotations, in hash order."""
     images: list[Input]
     """Images of the first shards."""
-    output: Output
+    gallery: Output
     """Gallery, one row for each prompt and image."""
     config: MakeGallery
     """Configuration of this stage as JSON."""
@@ -66,7 +66,7 @@ def main() -> None:
         }
         origin = {"dataset": config.test, "track": config.track, "policy": config.policy, "seed": config.seed}
         rows = [row | origin for row in gallery_rows(prompts, scored, pictures)]
-        with replacing(arguments.output) as temporary:
+        with replacing(arguments.gallery) as temporary:
             pq.write_table(pa.Table.from_pylist(rows, schema=GALLERY), temporary, compression="zstd")
         judged = [row for row in rows if row["right"] is not None]
         run.metrics(
@@ -74,7 +74,7 @@ def main() -> None:
                 "prompts": len({row["prompt_id"] for row in rows}),
                 "images": len(rows),
                 "right_share": sum(row["right"] for row in judged) / max(1, len(judged)),
-                "megabytes": arguments.output.stat().st_size / 1e6,
+                "megabytes": arguments.gallery.stat().st_size / 1e6,
             }
         )
         log_gallery(run, rows, config.traces)

@@ -1,10 +1,9 @@
 """Make the report: tables, figures, a gallery, settings and provenance in one HTML file that needs nothing else.
 
-python -m workflow_scripts.stages.make_report results/gallery/*/*/seed*/*.parquet --table1 results/table1.csv \
+python -m workflow_scripts.stages.make_report \
+    --galleries results/gallery/*/*/seed*/*.parquet --table1 results/table1.csv \
     --figures results/figures/training_curves.csv --page results/report.html --config '{"report_k": [1, 3], …}'
 """
-
-from pydantic_settings import CliPositionalArg
 
 from workflow_scripts.configuration.stages import MakeReport
 from workflow_scripts.files.writing import replacing
@@ -16,7 +15,7 @@ from workflow_scripts.tracking.stage_run import run_stage
 class Arguments(StageArguments):
     """Make the report: tables, figures, a gallery, settings and provenance in one HTML file."""
 
-    galleries: CliPositionalArg[list[Input]]
+    galleries: list[Input]
     """Gallery of every policy on every test set."""
     table1: Input
     """Paper's Table 1; the other tables stand beside it."""

@@ -1,6 +1,6 @@
 """Make the paper's tables from measured accuracies: table1, table2, the comparisons behind them, and sensitivity.
 
-python -m workflow_scripts.stages.make_tables results/accuracy/*/*/seed*/*.json \
+python -m workflow_scripts.stages.make_tables --accuracies results/accuracy/*/*/seed*/*.json \
     --base results/policies/base/manifest.json \
     --adapters results/policies/imagereward/seed0/adapter_model.safetensors --table1 results/table1.csv \
     --table2 results/table2.csv --comparisons results/comparisons.csv --sensitivity results/sensitivity.csv \
@@ -9,8 +9,6 @@ python -m workflow_scripts.stages.make_tables results/accuracy/*/*/seed*/*.json 
 
 import json
 from pathlib import Path
-
-from pydantic_settings import CliPositionalArg
 
 from workflow_scripts.configuration.stages import MakeTables
 from workflow_scripts.files.writing import replacing
@@ -22,7 +20,7 @@ from workflow_scripts.tracking.stage_run import run_stage
 class Arguments(StageArguments):
     """Make the paper's tables from measured accuracies."""
 
-    accuracies: CliPositionalArg[list[Input]]
+    accuracies: list[Input]
     """Accuracy files of every policy, test set and seed; their per-prompt files stand beside them."""
     base: Input
     """Manifest of the base policy."""

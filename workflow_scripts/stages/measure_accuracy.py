@@ -2,8 +2,8 @@
 
 python -m workflow_scripts.stages.measure_accuracy --scores results/scores/imagereward/grpo/seed0/imagereward.parquet \
     --subset results/datasets/imagereward/test/subset.parquet \
-    --dataset_record results/downloads/synthetic/imagereward/dataset.json \
-    --output results/accuracy/imagereward/grpo/seed0/imagereward.json \
+    --record results/downloads/synthetic/imagereward/dataset.json \
+    --accuracy results/accuracy/imagereward/grpo/seed0/imagereward.json \
     --prompts results/accuracy/imagereward/grpo/seed0/imagereward-prompts.parquet --config '{"track": "imagereward", …}'
 
 The per-prompt file holds the credit of every prompt under every rule: whatever is compared or pooled later is computed
@@ -36,9 +36,9 @@ class Arguments(StageArguments):
     """Scores of one policy on one test set."""
     subset: Input
     """Test prompts with their annotations."""
-    dataset_record: Input
+    record: Input
     """Record of the data set: where it is from and, of the synthetic world, what is known of it."""
-    output: Output
+    accuracy: Output
     """Accuracies."""
     prompts: Output
     """Credit and counted pairs of every prompt under every rule."""
@@ -62,8 +62,8 @@ def main() -> None:
     config = arguments.config
     with run_stage(arguments) as run:
         table = pd.read_parquet(arguments.scores)
-        record = json.loads(arguments.dataset_record.read_text(encoding="utf-8"))
-        truth = true_ranks(record, arguments.dataset_record)
+        record = json.loads(arguments.record.read_text(encoding="utf-8"))
+        truth = true_ranks(record, arguments.record)
         prompts = judged_prompts(read_table(arguments.subset, SUBSET).to_pylist(), table)
 
         official = OFFICIAL[config.test]
@@ -72,7 +72,7 @@ def main() -> None:
         measured = cells(rules, credits, **config.bootstrap.model_dump())
 
         write_json(
-            arguments.output,
+            arguments.accuracy,
             {
                 "track": config.track,
                 "policy": config.policy,

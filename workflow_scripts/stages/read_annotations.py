@@ -1,7 +1,7 @@
 """Read the published annotations of a split into the canonical table; no image is read.
 
 python -m workflow_scripts.stages.read_annotations --record results/downloads/imagereward/dataset.json \
-    --output results/datasets/imagereward/test/preferences.parquet \
+    --preferences results/datasets/imagereward/test/preferences.parquet \
     --config '{"dataset": "imagereward", "split": "test"}'
 """
 
@@ -27,7 +27,7 @@ class Arguments(StageArguments):
 
     record: Input
     """dataset.json of the data set, which names the raw files."""
-    output: Output
+    preferences: Output
     """preferences.parquet: one row for each prompt."""
     config: ReadAnnotations
     """Data set, split, and the counts that are published."""
@@ -39,7 +39,7 @@ def main() -> None:
     config = arguments.config
     with run_stage(arguments) as run:
         record = json.loads(arguments.record.read_text(encoding="utf-8"))
-        counts = write_preferences(arguments.output, annotated_prompts(arguments.record, record, config))
+        counts = write_preferences(arguments.preferences, annotated_prompts(arguments.record, record, config))
         if published := config.published:
             pairs = counts["given_pairs"] + counts["strict_pairs"] + counts["tied_pairs"]
             read = {"prompts": counts["prompts"], "images": counts["images"], "pairs": pairs}
@@ -48,7 +48,7 @@ def main() -> None:
                     f"{config.dataset}, {published.name}: read {'; '.join(other)} ({published.repository} at "
                     f"{published.revision[:8]}); is this another revision, or are files not whole?"
                 )
-        texts = pq.read_table(arguments.output, columns=["prompt"])["prompt"].to_pylist()
+        texts = pq.read_table(arguments.preferences, columns=["prompt"])["prompt"].to_pylist()
         run.metrics({**counts, "duplicate_texts": len(texts) - len({normalised(text) for text in texts})})
 
 

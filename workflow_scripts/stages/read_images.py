@@ -2,7 +2,7 @@
 
 python -m workflow_scripts.stages.read_images --record results/downloads/imagereward/dataset.json \
     --subset results/datasets/imagereward/test/subset.parquet \
-    --output results/datasets/imagereward/test/images-0000.parquet \
+    --images results/datasets/imagereward/test/images-0000.parquet \
     --listing results/datasets/imagereward/test/images-0000.json \
     --config '{"dataset": "imagereward", "split": "test", "shard": 0, "start": 0, "stop": 500}'
 
@@ -34,7 +34,7 @@ class Arguments(StageArguments):
     """dataset.json of the data set, which names the raw files."""
     subset: Input
     """subset.parquet: the selected prompts."""
-    output: Output
+    images: Output
     """images-*.parquet: the encoded images."""
     listing: Output
     """JSON: numbers of wanted and read images, unreadable ones (with the reason) and missing ones."""
@@ -55,7 +55,7 @@ def main() -> None:
         rows = tqdm(
             stream_images(archives, unreadable), "reading images", len(everything), unit="image", mininterval=10
         )
-        read = write_images(arguments.output, rows)
+        read = write_images(arguments.images, rows)
         missing = sorted(everything - read - unreadable.keys())
         if 2 * len(read) < len(everything):
             raise ArchiveError(

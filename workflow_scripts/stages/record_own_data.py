@@ -1,6 +1,6 @@
 """Record the user's own preference data: the table, every image that it names, and the settings of the splits.
 
-python -m workflow_scripts.stages.record_own_data --output results/own/datasets/own/dataset.json \
+python -m workflow_scripts.stages.record_own_data --record results/own/datasets/own/dataset.json \
     --config '{"folder": "examples/own_data", "annotations": "ratings.csv", "split_seed": 0,
                "validation_fraction": 0.1, "test_fraction": 0.2}'
 
@@ -22,7 +22,7 @@ from workflow_scripts.tracking.stage_run import run_stage
 class Arguments(StageArguments):
     """Record the user's own preference data."""
 
-    output: Output
+    record: Output
     """dataset.json: folder, digests of its files, settings of the splits."""
     config: RecordOwnData
     """Folder, table and splits."""
@@ -40,7 +40,7 @@ def main() -> None:
             "dataset": "own",
             "source": "own",
             "revision": f"SHA-256 {files[config.annotations]['sha256'][:16]} of {config.annotations}",
-            "folder": config.folder if absolute else os.path.relpath(folder, arguments.output.parent),
+            "folder": config.folder if absolute else os.path.relpath(folder, arguments.record.parent),
             "annotations": config.annotations,
             "splits": {
                 "seed": config.split_seed,
@@ -49,7 +49,7 @@ def main() -> None:
             },
             "files": files,
         }
-        write_json(arguments.output, record)
+        write_json(arguments.record, record)
         run.metrics({"files": len(files), "bytes": sum(record["bytes"] for record in files.values())})
 
 

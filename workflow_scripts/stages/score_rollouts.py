@@ -1,12 +1,12 @@
 """Turn recorded answer logits to scores of images (paper §3): soft, and hard from the sampled answer.
 
-python -m workflow_scripts.stages.score_rollouts results/rollouts/imagereward/grpo/seed0/imagereward/*.parquet \
-    --output results/scores/imagereward/grpo/seed0/imagereward.parquet --config '{"track": "imagereward", …}'
+python -m workflow_scripts.stages.score_rollouts \
+    --rollouts results/rollouts/imagereward/grpo/seed0/imagereward/*.parquet \
+    --scores results/scores/imagereward/grpo/seed0/imagereward.parquet --config '{"track": "imagereward", …}'
 """
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic_settings import CliPositionalArg
 
 from workflow_scripts.configuration.stages import ScoreRollouts
 from workflow_scripts.files.writing import replacing
@@ -37,9 +37,9 @@ SCORE = pa.schema(
 class Arguments(StageArguments):
     """Turn recorded answer logits to scores of images."""
 
-    rollouts: CliPositionalArg[list[Input]]
+    rollouts: list[Input]
     """Rollout files: all shards and blocks of one policy on one test set."""
-    output: Output
+    scores: Output
     """Scores, one row for each image and k."""
     config: ScoreRollouts
     """Configuration of this stage as JSON."""
@@ -57,7 +57,7 @@ def main() -> None:
                 "its images; see the warnings of generate_rollouts, and choose other test data or another policy"
             )
         frame = image_scores(rollout_scores(rollouts, answers)).sort_values(["prompt_id", "image_id", "k"])
-        with replacing(arguments.output) as temporary:
+        with replacing(arguments.scores) as temporary:
             pq.write_table(pa.Table.from_pandas(frame, SCORE, preserve_index=False), temporary, compression="zstd")
         run.metrics(
             {

@@ -2,7 +2,7 @@
 
 python -m workflow_scripts.stages.select_subset --preferences results/datasets/hpsv2/train/preferences.parquet \
     --test_preferences results/datasets/hpsv2/test/preferences.parquet \
-    --output results/datasets/hpsv2/train/subset.parquet \
+    --subset results/datasets/hpsv2/train/subset.parquet \
     --config '{"dataset": "hpsv2", "split": "train", "seed": 0, "by": "prompt", "fraction": 0.25, "prompts": null,
                "drop_overlap": true}'
 
@@ -33,7 +33,7 @@ class Arguments(StageArguments):
     """Canonical annotations of the test split, to find leaked prompts."""
     train_preferences: Input | None = None
     """Canonical annotations of the training split, to find leaked prompts of a validation split."""
-    output: Output
+    subset: Output
     """subset.parquet: the selected rows with their position in the hash order."""
     config: SelectSubset
     """Settings of the split."""
@@ -59,7 +59,7 @@ def main() -> None:
             run.warn(f"{config.prompts} validation prompts are asked for, the split has only {len(selection.prompts)}")
         rows = selected_rows(table, selection, units)
         numbered = (row | {"position": position} for position, row in enumerate(rows))
-        written = write_preferences(arguments.output, numbered, SUBSET)
+        written = write_preferences(arguments.subset, numbered, SUBSET)
         counts = {
             "prompts": len(texts),
             "duplicate_texts": len(texts) - len(set(texts.values())),

@@ -1,6 +1,6 @@
 """Write the synthetic world in the published raw layout of ImageRewardDB or HPDv2.
 
-python -m workflow_scripts.stages.synthesize_dataset --output results/downloads/imagereward/dataset.json \
+python -m workflow_scripts.stages.synthesize_dataset --record results/downloads/imagereward/dataset.json \
     --config '{"dataset": "imagereward", "world": {"train_prompts": 64, "validation_prompts": 16, "test_prompts": 32}}'
 
 The output is the record of the data set; the raw files stand beside it.
@@ -18,7 +18,7 @@ from workflow_scripts.tracking.stage_run import run_stage
 class Arguments(StageArguments):
     """Write the synthetic world in the published raw layout of ImageRewardDB or HPDv2."""
 
-    output: Output
+    record: Output
     """dataset.json: source, measured agreement of the annotators, and the digest of every raw file beside it."""
     config: SynthesizeDataset
     """Data set, its size and its seed."""
@@ -28,7 +28,7 @@ def main() -> None:
     """Run the stage."""
     arguments = Arguments.parse()
     with run_stage(arguments) as run:
-        folder, world = arguments.output.parent, arguments.config.world
+        folder, world = arguments.record.parent, arguments.config.world
         if isinstance(world, ImageRewardWorld):
             files, summary = write_imagereward(folder, world)
         else:
@@ -41,7 +41,7 @@ def main() -> None:
             **summary,
             "files": {name: file_record(folder / name) for name in sorted(files)},
         }
-        write_json(arguments.output, record)
+        write_json(arguments.record, record)
         run.metrics(summary["measured"])
 
 
