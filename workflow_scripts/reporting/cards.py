@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from workflow_scripts.policy.prompts import CLOSE_THINKING
+from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_THINKING
 from workflow_scripts.preferences.schema import read_table
 from workflow_scripts.reporting.gallery import GALLERY
 from workflow_scripts.reporting.wording import POLICIES
@@ -133,7 +133,7 @@ def bars(row: dict[str, Any]) -> list[tuple[str, float]]:
 
 def thought(rollout: dict[str, Any]) -> dict[str, str]:
     """Reasoning of a rollout, and a line on its answer."""
-    thinking = rollout["text"].partition(CLOSE_THINKING)[0].strip().removeprefix("<think>").strip()
+    thinking = rollout["text"].partition(CLOSE_THINKING)[0].strip().removeprefix(OPEN_THINKING).strip()
     answer = rollout["sampled_answer"]
     if rollout["second"] is None:
         said = "no valid answer" if answer is None else f"answer {answer}"
