@@ -42,21 +42,41 @@ def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
     """Load the processor of the base policy with the configured image size and padding on the left.
 
     Raises:
-        PolicyError: the folder differs from the manifest, has no image processor that can be loaded, or the image
-            processor lacks a configured setting.
+        PolicyError: the folder differs from the manifest, or as `read_processor`.
     """
-    folder = base_path(manifest)
+    return read_processor(base_path(manifest), config)
+
+
+def read_processor(folder: Path, config: ModelConfig) -> ProcessorMixin:
+    """Load the processor in a model's folder with the configured image size and padding on the left.
+
+    Raises:
+        PolicyError: the folder has no image processor that can be loaded, or it lacks a configured setting.
+    """
     with _loading(folder, ANOTHER_BASE):
         processor: Any = AutoProcessor.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise PolicyError(f"{folder} holds no processor that takes images beside text; {ANOTHER_BASE}")
-    images = processor.image_processor
+    processor.image_processor = with_image_size(processor.image_processor, folder, config)
+    settings, defaults = image_settings(config), getattr(processor, "images_kwargs", {})
+    if overridden := defaults.keys() & settings.keys():  # the processor's defaults win over its image processor's
+        processor.images_kwargs = defaults | {name: settings[name] for name in overridden}
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token  # as TRL does
+    return processor
+
+
+def with_image_size(images: Any, folder: Path, config: ModelConfig) -> Any:
+    """Return an image processor from a model's folder with the configured image size and settings.
+
+    Raises:
+        PolicyError: it lacks one of them.
+    """
     if unknown := [name for name in config.image_processor if not hasattr(images, name)]:
         known = sorted(name for name in images.to_dict() if not name.startswith("_"))
         raise PolicyError(
             f"policy.image_processor: {type(images).__name__} of {folder} has no setting {unknown[0]}; it has {known}"
         )
-    settings = image_settings(config)
     if config.max_pixels is not None:
         size = dict(images.size or {})
         if size.keys() != {"shortest_edge", "longest_edge"} or size["longest_edge"] <= LARGEST_EDGE:
@@ -65,13 +85,7 @@ def load_processor(manifest: Path, config: ModelConfig) -> ProcessorMixin:
                 "policy.min_pixels and policy.max_pixels to null, and the setting it has in policy.image_processor"
             )
     with _loading(folder, "change policy.image_processor"):
-        processor.image_processor = type(images).from_dict(images.to_dict() | settings)
-    defaults = getattr(processor, "images_kwargs", {})
-    if overridden := defaults.keys() & settings.keys():  # the processor's defaults win over its image processor's
-        processor.images_kwargs = defaults | {name: settings[name] for name in overridden}
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token  # as TRL does
-    return processor
+        return type(images).from_dict(images.to_dict() | image_settings(config))
 
 
 def image_settings(config: ModelConfig) -> dict[str, Any]:
