@@ -21,12 +21,15 @@ import torch
 from benchmarks.data import credits
 from benchmarks.measuring import RESULTS, cost, write_rows
 from benchmarks.rollouts import ROLLOUTS, SCALES, Decoded, cases
-from workflow_scripts.commands.plan import plan, this_cpu
 from workflow_scripts.configuration.model import Configuration, Sampling
 from workflow_scripts.configuration.stages import ModelConfig
-from workflow_scripts.planning.architecture import Architecture
-from workflow_scripts.planning.costs import Assumptions, Gpu, Model, decoding_flops, decoding_seconds, product_seconds
+from workflow_scripts.planning.architecture import architecture_of
 from workflow_scripts.planning.costs import Length as Completions
+from workflow_scripts.planning.costs import decoding_flops, decoding_seconds, product_seconds
+from workflow_scripts.planning.devices import Assumptions, Gpu, this_cpu
+from workflow_scripts.planning.memory import Model
+from workflow_scripts.planning.plan import plan
+from workflow_scripts.planning.tokens import Reader
 from workflow_scripts.policy.loading import Policy, load_policy
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import in_memory
@@ -55,12 +58,13 @@ def rollouts(cpu: Gpu) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         for scale, track, manifest, c, batch_items, items, images in cases(Path(temporary), list(SCALES)):
             folder = Path(json.loads(manifest.read_text())["path"])
-            architecture = Architecture.of(json.loads((folder / "config.json").read_text()))
             config = ModelConfig.of(c, track)
             policy = load_policy(manifest, None, config)
+            architecture = architecture_of(json.loads((folder / "config.json").read_text()))
+            reader = Reader(architecture, policy.processor, policy.processor.image_processor)
             for k in ROLLOUTS:
                 case = {"work": "rollouts", "case": f"{scale}, {track}, k = {k}"}
-                found.append(case | rollouts_of(cpu, policy, config, architecture, items, images, k, batch_items))
+                found.append(case | rollouts_of(cpu, policy, config, reader, items, images, k, batch_items))
                 print(found[-1], flush=True)
     return found
 
@@ -69,7 +73,7 @@ def rollouts_of(
     cpu: Gpu,
     policy: Policy,
     config: ModelConfig,
-    architecture: Architecture,
+    reader: Reader,
     items: list[Item],
     images: Decoded,
     k: int,
@@ -87,20 +91,19 @@ def rollouts_of(
     spent = sorted(cost(work).cpu for _ in range(MEASURED))[MEASURED // 2]
     chats = [messages(policy.template, item.prompt) for item in items]
     texts = policy.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    low, high = config.min_pixels or 0, config.max_pixels or 0
-    seen = [architecture.image(*images[name].size, low, high) for item in items for name in item.image_ids]
+    architecture, lora = reader.architecture, Configuration().training.imagereward.lora
+    seen = [reader.image(*images[name].size) for item in items for name in item.image_ids]
     asked = sum(map(len, policy.tokenizer(texts, add_special_tokens=False)["input_ids"])) - len(seen)
     question = (asked + sum(image.tokens for image in seen)) / len(items)
     prefill = sum(architecture.vision_flops(image) for image in seen)
     prefill += len(items) * (architecture.language_flops(question) + architecture.head_flops(1))
-    model = Model(architecture, config.dtype, "sdpa", 0, "none")
+    model = Model(architecture, config.dtype, "sdpa", lora.rank, lora.target_modules)
     completion = Completions(sum(lengths) / len(lengths), max(lengths))
     decoding = len(lengths) * decoding_flops(model, question, completion.mean, adapted=False)
     batches = math.ceil(len(items) / batch_items)
     prompts = len(items) / batches
     rows = prompts * k * completion.mean / completion.longest  # on average
-    gate = architecture.layer(0)[-3]
-    slower = dataclasses.replace(cpu, flops=rate_of_products(round(rows), gate.inputs, gate.outputs))
+    slower = dataclasses.replace(cpu, flops=rate_of_products(round(rows), *architecture.layer["gate_proj"]))
     floor, own_sizes = (
         product_seconds(cpu, IDEAL, prefill)
         + batches * decoding_seconds(model, core, IDEAL, rows, prompts, question, completion, adapted=False)

@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand, SettingsConfigDict
 
 from workflow_scripts.commands.log_runs import LogRuns
+from workflow_scripts.commands.plan import Plan
 from workflow_scripts.commands.rank import Rank
 from workflow_scripts.commands.register import Register
 from workflow_scripts.commands.summary import Summary
@@ -22,6 +23,8 @@ class Commands(BaseSettings):
 
     rank: CliSubCommand[Rank]
     """Rank your own images for a prompt by a trained policy."""
+    plan: CliSubCommand[Plan]
+    """Say what a configuration costs before it runs."""
     verify: CliSubCommand[Verify]
     """Check every file of a results folder against its provenance."""
     summary: CliSubCommand[Summary]

@@ -1,33 +1,42 @@
-"""Formulas of sizes, FLOPs and bytes against what torch, transformers and PEFT count on real models."""
+"""What is counted without weights against real models: parameters, adapters, FLOPs, and the formulas of bytes."""
 
 import contextlib
 import json
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tiny_families import FAMILIES, SETTINGS, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
-from workflow_scripts.commands.plan import FACTS
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.published import PUBLISHED
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.planning.architecture import Architecture, Image, PlanError
+from workflow_scripts.planning.architecture import Architecture, Image, architecture_of
+from workflow_scripts.planning.costs import shared_update_flops, update_flops
+from workflow_scripts.planning.devices import FACTS, PlanError
+from workflow_scripts.planning.memory import (
+    Model,
+    language_workspace_bytes,
+    layer_activation_bytes,
+    pixel_bytes,
+    update_workspace_bytes,
+    vision_workspace_bytes,
+)
+from workflow_scripts.planning.tokens import Reader, read_policy
 from workflow_scripts.policy.fast.enable import share_prompts
+from workflow_scripts.policy.prompts import messages
 
 TARGETS = Configuration().training.imagereward.lora.target_modules
 RANK = 4
 TOKENS, SEQUENCES = 96, 2
-QWEN_7B = Architecture.of(FACTS["models"]["Qwen/Qwen2.5-VL-7B-Instruct"])
 BUNDLED = json.loads((ROOT / "models/tiny-qwen2.5-vl/config.json").read_text())
 
 
@@ -51,7 +60,21 @@ def built(attention: str = "sdpa", dtype: torch.dtype = torch.float32, **text: i
 
 def architecture(model: Any) -> Architecture:
     """Its sizes, by its own config."""
-    return Architecture.of(model.get_base_model().config.to_dict())
+    return architecture_of(model.get_base_model().config.to_dict())
+
+
+def policy(a: Architecture, dtype: str = "float32", attention: Any = "sdpa") -> Model:
+    """The policy as it is run, with the adapter of these tests."""
+    return Model(a, dtype, attention, RANK, TARGETS)
+
+
+def shown(rows: int, columns: int) -> Image:
+    """An image of so many patches for Qwen2.5-VL."""
+    inputs = {
+        "pixel_values": torch.zeros(rows * columns, 1176),
+        "image_grid_thw": torch.tensor([[1, rows, columns]]),
+    }
+    return Image(rows * columns // 4, rows * columns, inputs)
 
 
 def checkpointed(model: Any) -> Any:
@@ -83,60 +106,195 @@ def autocast(dtype: torch.dtype) -> Any:
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
 
 
-# ------------------------------------------------------------------------------------------------------ parameters
+# -------------------------------------------------------------------------------------- Qwen2.5-VL, by closed formulas
+
+
+class Formulas:
+    """Sizes of Qwen2.5-VL by hand: weights and biases of every layer from config.json as published."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """Read the sizes."""
+        v, self.h, self.i = config["vision_config"], config["hidden_size"], config["intermediate_size"]
+        self.layers, self.kv = config["num_hidden_layers"], self.h // config["num_attention_heads"]
+        self.kv *= config["num_key_value_heads"]
+        self.vocabulary, self.tied = config["vocab_size"], config["tie_word_embeddings"]
+        self.matrices = 2 * self.h * self.h + 2 * self.h * self.kv + 3 * self.h * self.i
+        self.v, self.depth, self.full = v["hidden_size"], v["depth"], len(v["fullatt_block_indexes"])
+        self.block = 4 * self.v**2 + 3 * self.v * v["intermediate_size"]
+        self.block_biases = 5 * self.v + 2 * v["intermediate_size"]
+        self.merger = (4 * self.v) ** 2 + 4 * self.v * v["out_hidden_size"]
+        self.merger_biases, self.patch = 4 * self.v + v["out_hidden_size"], 3 * 2 * 14**2 * self.v
+
+    def parameters(self) -> int:
+        """All, a tied head counted once."""
+        layer = self.matrices + self.h + 2 * self.kv + 2 * self.h
+        language = self.layers * layer + self.h + self.vocabulary * self.h * (1 if self.tied else 2)
+        tower = self.depth * (self.block + self.block_biases + 2 * self.v) + self.v
+        return language + tower + self.merger + self.merger_biases + self.patch
+
+    def adapter(self, rank: int) -> int:
+        """On all seven matrices of a layer."""
+        return self.layers * rank * (8 * self.h + 2 * self.kv - 2 * self.h + 3 * (self.h + self.i))
+
+    def language(self, tokens: int, context: int) -> int:
+        """Forward through the layers."""
+        return self.layers * (2 * self.matrices * tokens + 4 * self.h * tokens * context)
+
+    def vision(self, rows: int, columns: int) -> int:
+        """Forward of an image; most blocks see windows of 8 x 8 patches, cut at the edge."""
+        patches = rows * columns
+        side = [n // 8 * 64 + (n % 8) ** 2 for n in (rows, columns)]
+        seen = self.full * patches**2 + (self.depth - self.full) * side[0] * side[1]
+        return 2 * patches * (self.patch + self.depth * self.block) + patches // 2 * self.merger + 4 * self.v * seen
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen2.5-vl-3b"])
 def test_published_models_have_their_published_number_of_parameters(name: str) -> None:
     published = PUBLISHED[name]
-    planned = Architecture.of(FACTS["models"][published["repository"]])
-    assert planned.parameters() == published["parameters"]
+    planned = architecture_of(FACTS["models"][published["repository"]])
+    assert planned.parameters == published["parameters"]
     weights = sum(file["bytes"] for file in published["files"].values() if file["bytes"] > 10**8)
-    assert 2 * planned.parameters() == pytest.approx(weights, rel=2e-3)  # of the 3B, sizes are known to 10 MB
+    assert 2 * planned.parameters == pytest.approx(weights, rel=2e-3)  # of the 3B, sizes are known to 10 MB
 
 
-@pytest.mark.parametrize("config", [BUNDLED, *FACTS["models"].values()], ids=["bundled", *FACTS["models"]])
-def test_parameters_and_adapters_are_those_of_torch_and_peft(config: dict[str, Any]) -> None:
-    planned = Architecture.of(config)
-    text = {k: v for k, v in config.items() if k not in ("vision_config", "model_type", "text_config")}
-    half = planned.hidden // planned.heads // 2
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}
-    torch_config = Qwen2_5_VLConfig(
-        text_config=config.get("text_config", text | {"rope_parameters": rope}),
-        vision_config=config["vision_config"],
-        tie_word_embeddings=config["tie_word_embeddings"],
-    )
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(torch_config)
-        assert sum(p.numel() for p in model.parameters()) == planned.parameters()
-        adapted = get_peft_model(model, LoraConfig(r=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert trained == planned.adapter_parameters(16, TARGETS)
-    names = {name.partition("base_model.model.")[2] for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
-    assert names == {linear.name for linear in planned.adapted(TARGETS)}
-    assert len(names) == 7 * planned.layers and not any("visual" in name for name in names)
+@pytest.mark.parametrize("name", list(FACTS["models"]))
+def test_published_models_cost_what_closed_formulas_say(name: str) -> None:
+    """Exactly: layers, blocks and lengths that were not counted follow from those that were."""
+    planned, formulas = architecture_of(FACTS["models"][name]), Formulas(FACTS["models"][name])
+    assert planned.parameters == formulas.parameters()
+    assert planned.adapter_parameters(16, TARGETS) == formulas.adapter(16)
+    adapted = planned.adapted(TARGETS)
+    assert len(adapted) == 7 * planned.layers and not any("visual" in layer for layer in adapted)
+    assert planned.language_flops(1000) == formulas.language(1000, 1000)
+    assert planned.language_flops(10, 77) == formulas.language(10, 77)
+    assert planned.vision_flops(shown(20, 36)) == formulas.vision(20, 36)
+    assert planned.head_flops(3) == 6 * formulas.vocabulary * formulas.h
+    # Gradients of inputs as many as forward, of the adapter twice; nothing for what the first layer's q, k, v read.
+    update = planned.language_update_flops(16, TARGETS, False, "sdpa").of(500)
+    first = 2 * 500 * (formulas.h * (formulas.h + 2 * formulas.kv) + 3 * 16 * formulas.h)
+    attended = formulas.layers * 4 * formulas.h * 500**2
+    assert update == 2 * formulas.language(500, 500) + 1.5 * attended + 6 * 500 * formulas.adapter(16) - first
 
 
 def test_a_loose_expression_also_adapts_the_vision_tower() -> None:
     """What the restriction to the language model is for."""
-    loose = QWEN_7B.adapted(r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)")
-    assert sum("visual" in linear.name for linear in loose) == 3 * QWEN_7B.vision.depth
+    planned = architecture_of(FACTS["models"]["Qwen/Qwen2.5-VL-7B-Instruct"])
+    loose = planned.adapted(r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)")
+    assert sum("visual" in name for name in loose) == 3 * planned.vision.depth
 
 
-def test_another_family_is_refused() -> None:
-    with pytest.raises(PlanError, match="model_type llama is not known here"):
-        Architecture.of({"model_type": "llama"})
+def test_an_adapter_on_some_layers_alone_is_counted_there() -> None:
+    model = built()
+    planned = architecture(model)
+    last = r".*language_model.*layers\.2\.mlp\.(gate_proj|up_proj|down_proj)"
+    update = planned.language_update_flops(RANK, last, False, "eager").of(TOKENS)
+    adapter = planned.adapter_parameters(RANK, last)
+    assert adapter == 3 * RANK * (planned.hidden + planned.intermediate)
+    assert planned.language_flops(TOKENS) < update < 1.5 * planned.language_flops(TOKENS) + 6 * TOKENS * adapter
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "llama"}, "here/config.json: model_type llama is not known here"),
+        ({"model_type": "a-new-one"}, "here/config.json: model_type a-new-one is not known here"),
+        ({}, "model_type None is not known here"),
+        ({"model_type": "qwen3_vl"}, "here/config.json has no key vision_config"),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_no_vision_language_model_is_refused(config: dict[str, Any], told: str) -> None:
+    with pytest.raises(PlanError, match=told):
+        architecture_of(config, "here/config.json")
+
+
+def test_an_expression_that_matches_nothing_is_refused_with_one_that_does() -> None:
+    planned = architecture_of(FAMILIES["smolvlm"]()[0].config.to_dict())
+    with pytest.raises(PlanError, match=r"matches no layer.* is model\.text_model, such as \.\*model\\\.text_model"):
+        planned.adapted(TARGETS)
+
+
+# ------------------------------------------------------------------------------------------------------ other families
+
+
+class Family:
+    """A tiny model of a family: what is planned of its folder, and the real one."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        """Write the folder and read it."""
+        self.folder, settings = save(name, folder), SETTINGS[name]
+        self.targets = rf".*{settings['language_model']}.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        hub = {"source": "hub", "hub": {"path": str(folder)}}
+        self.configuration = Configuration.model_validate({"policy": settings["policy"] | hub})
+        self.reader = read_policy(self.configuration)
+
+    def real(self, attention: str) -> Any:
+        """The real model with an adapter, in training mode."""
+        model = AutoModelForImageTextToText.from_pretrained(self.folder, attn_implementation=attention)
+        return get_peft_model(model, LoraConfig(r=RANK, target_modules=self.targets, task_type="CAUSAL_LM")).train()
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Return each family."""
+    return Family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_parameters_and_adapters_of_a_family_are_those_of_the_real_model(family: Family) -> None:
+    planned, real = family.reader.architecture, family.real("eager")
+    trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert planned.adapter_parameters(RANK, family.targets) == trained
+    assert planned.parameters == sum(p.numel() for p in real.parameters()) - trained
+    names = {name.partition("base_model.model.")[2] for name, m in real.named_modules() if hasattr(m, "lora_A")}
+    assert set(planned.adapted(family.targets)) == names
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tokens_and_flops_of_a_family_are_those_of_the_real_model(family: Family, checkpointing: bool) -> None:
+    """A question with an image through the processor and the whole model, forward and backward."""
+    from PIL import Image as Picture
+
+    reader, template, size = family.reader, "{image} prompt: {prompt}.", (120, 90)
+    text = reader.processor.apply_chat_template(messages(template, "a cat"), tokenize=False, add_generation_prompt=True)
+    inputs = reader.processor(text=[text], images=[[Picture.new("RGB", size, "gray")]], return_tensors="pt")
+    tokens, image = inputs["input_ids"].shape[1], reader.image(*size)
+    assert reader.text(template, "a cat") + image.tokens == pytest.approx(tokens, abs=1)  # a beginning, as of Gemma's
+
+    model = family.real("sdpa")
+    if checkpointing:
+        checkpointed(model)
+    with FlopCounterMode(display=False) as counter:
+        model(**{k: v for k, v in inputs.items() if k != "num_patches"}).logits.sum().backward()
+    m = Model(reader.architecture, "float32", "sdpa", RANK, family.targets)
+    head = reader.architecture.head_flops(tokens)  # forward, and backward of its input
+    expected = update_flops(m, tokens, 0, (image,), checkpointing) + 2 * head
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_a_configuration_alone_says_how_many_tokens_an_image_is(tmp_path: Path) -> None:
+    """Qwen3-VL as its processor does, SmolVLM in 4 x 4 tiles and the whole, as published."""
+    whole, alone = Family("qwen3_vl", tmp_path / "whole"), tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_bytes((whole.folder / "config.json").read_bytes())
+    hub = {"source": "hub", "hub": {"path": str(alone)}}
+    reader = read_policy(Configuration.model_validate({"policy": hub}))
+    assert reader.processor is None
+    for size in ((84, 84), (500, 300)):
+        assert reader.image(*size).tokens == whole.reader.image(*size).tokens
+    tiled = Family("smolvlm", tmp_path / "tiled")
+    (alone / "config.json").write_bytes((tiled.folder / "config.json").read_bytes())
+    no_area = {"min_pixels": None, "max_pixels": None}
+    reader = read_policy(Configuration.model_validate({"policy": hub | no_area}))
+    assert reader.image(300, 300).tokens == (4 * 4 + 1) * 4
+
+
+def test_a_folder_without_a_configuration_is_named(tmp_path: Path) -> None:
+    hub = {"source": "hub", "hub": {"path": str(tmp_path)}}
+    with pytest.raises(PlanError, match=r"config\.json is missing; set policy\.hub\.path"):
+        read_policy(Configuration.model_validate({"policy": hub}))
 
 
 # ---------------------------------------------------------------------------------------------------------- images
-
-
-@settings(deadline=None)
-@given(width=st.integers(10, 2000), height=st.integers(10, 2000), least=st.integers(1, 64), more=st.integers(0, 1500))
-def test_images_are_resized_as_by_qwen(width: int, height: int, least: int, more: int) -> None:
-    low, high = least * 784, (least + more) * 784
-    image = QWEN_7B.image(width, height, low, high)
-    assert (image.rows * 14, image.columns * 14) == smart_resize(height, width, 28, low, high)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +316,16 @@ def test_images_are_resized_as_by_qwen(width: int, height: int, least: int, more
     ],
 )
 def test_tokens_of_an_image(size: tuple[int, int], cap: int, tokens: int) -> None:
-    assert QWEN_7B.image(*size, 3136, cap * 784).tokens == tokens
+    """Of Qwen2.5-VL, by hand: sides are whole tokens of 28 pixels, and the area is at most `cap` tokens."""
+    hub = {"source": "hub", "min_pixels": 3136, "max_pixels": cap * 784}
+    assert published_reader(Configuration.model_validate({"policy": hub})).image(*size).tokens == tokens
+
+
+def published_reader(c: Configuration) -> Reader:
+    """What is known of the published model, whatever is in the Hub's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workflow_scripts.planning.tokens.try_to_load_from_cache", lambda *_, **__: None)
+        return read_policy(c)
 
 
 # ----------------------------------------------------------------------------------------------------------- FLOPs
@@ -172,7 +339,7 @@ def test_flops_of_an_update_are_those_that_torch_counts(
 ) -> None:
     """Forward and backward, exactly. The counter does not see addmm_, in which TRL's head makes its last product."""
     model = built(attention)
-    planned, image = architecture(model), Image(*grid, 4)
+    planned, image = architecture(model), shown(*grid)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
     if checkpointing:
         checkpointed(model)
@@ -184,12 +351,12 @@ def test_flops_of_an_update_are_those_that_torch_counts(
     scored = TOKENS - 1  # without Triton the head scores every position
     expected = (
         planned.language_flops(TOKENS)
-        + planned.adapter_flops(TOKENS, RANK, TARGETS)
+        + 2 * planned.adapter_parameters(RANK, TARGETS) * TOKENS
         + planned.vision_flops(image)
         + planned.head_flops(scored)
     )
     assert forward.get_total_flops() == SEQUENCES * expected
-    update = planned.update_flops(TOKENS, scored, [image], RANK, TARGETS, checkpointing, attention)
+    update = update_flops(policy(planned, attention=attention), TOKENS, scored, (image,), checkpointing)
     counted = forward.get_total_flops() + backward.get_total_flops()
     assert counted == SEQUENCES * (update - planned.head_flops(scored))
 
@@ -212,13 +379,14 @@ def test_flops_of_an_update_that_shares_its_question_are_those_that_torch_counts
             out.log_probs.sum().backward()
         counted += counts * counter.get_total_flops()
     scored = TOKENS - 1
-    update = planned.shared_update_flops(question, TOKENS - question, scored, SEQUENCES, RANK, TARGETS, attention)
+    m = policy(planned, attention=attention)
+    update = shared_update_flops(m, question, TOKENS - question, scored, SEQUENCES)
     assert counted == SEQUENCES * (update - planned.head_flops(scored))
 
 
 def test_flops_of_decoding_are_those_that_torch_counts() -> None:
     model = built().get_base_model().eval()
-    planned = Architecture.of(model.config.to_dict())
+    planned = architecture_of(model.config.to_dict())
     with torch.no_grad():
         cache = model(**batch(8, 8), logits_to_keep=1).past_key_values
         with FlopCounterMode(display=False) as counter:
@@ -227,12 +395,12 @@ def test_flops_of_decoding_are_those_that_torch_counts() -> None:
                 position_ids=torch.full((3, SEQUENCES, 1), TOKENS),
                 past_key_values=cache,
             )
-    adapter = planned.adapter_flops(1, RANK, TARGETS)
+    adapter = 2 * planned.adapter_parameters(RANK, TARGETS)
     assert counter.get_total_flops() == SEQUENCES * (
         planned.language_flops(1, TOKENS + 1) + planned.head_flops(1) + adapter
     )
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == SEQUENCES * (TOKENS + 1) * planned.kv_bytes("float32")
+    assert held == SEQUENCES * (TOKENS + 1) * policy(planned).kv_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
@@ -261,7 +429,7 @@ def test_activations_of_a_layer_are_those_that_autograd_keeps(attention: Any, dt
     measured = [kept_bytes(built(attention, dtype, num_hidden_layers=n), inputs, dtype) for n in (2, 3)]
     planned = architecture(built(attention, dtype))
     name = str(dtype).removeprefix("torch.")
-    formula = planned.layer_activation_bytes(SEQUENCES, TOKENS, name, RANK, TARGETS, attention, padded)
+    formula = layer_activation_bytes(policy(planned, name, attention), SEQUENCES, TOKENS, padded)
     assert measured[1] - measured[0] == formula
 
 
@@ -313,20 +481,21 @@ def test_the_peak_of_a_prefill_is_near_the_formula(dtype: torch.dtype, adapted: 
     with torch.no_grad(), PeakMemory() as memory:
         asked(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=1)
     name = str(dtype).removeprefix("torch.")
-    cache = TOKENS * planned.kv_bytes(name)
-    formula = SEQUENCES * (planned.language_workspace_bytes(TOKENS, name, adapted, "sdpa") + cache)
+    cache = TOKENS * policy(planned, name).kv_bytes
+    formula = SEQUENCES * (language_workspace_bytes(policy(planned, name), TOKENS, adapted) + cache)
     assert memory.most == pytest.approx(formula, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_peak_of_the_vision_tower_is_near_the_formula(dtype: torch.dtype) -> None:
     tower = built(dtype=dtype).get_base_model().eval().model.visual
-    planned, image = Architecture.of(BUNDLED), Image(12, 16, 4)
+    planned, image = architecture_of(BUNDLED), shown(12, 16)
     pixels = torch.randn(image.patches, 1176).to(dtype)
     with torch.no_grad(), PeakMemory() as memory:
-        tower(pixels, grid_thw=torch.tensor([[1, image.rows, image.columns]]))
+        tower(pixels, grid_thw=image.inputs["image_grid_thw"])
     name = str(dtype).removeprefix("torch.")
-    formula = planned.vision_workspace_bytes(image, name) - image.patches * planned.pixel_bytes(name)
+    formula = vision_workspace_bytes(policy(planned, name), image)
+    formula -= image.patches * pixel_bytes(planned.vision, name)
     assert memory.most == pytest.approx(formula, rel=0.05)
 
 
@@ -342,10 +511,10 @@ def test_the_peak_of_an_update_is_near_the_formula(dtype: torch.dtype, checkpoin
             hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
         hidden.sum().backward()
     name = str(dtype).removeprefix("torch.")
-    layer = planned.layer_activation_bytes(SEQUENCES, TOKENS, name, RANK, TARGETS, "sdpa", True)
+    layer = layer_activation_bytes(policy(planned, name), SEQUENCES, TOKENS, True)
     kept = (
         SEQUENCES * TOKENS * 128 * dtype.itemsize * planned.layers + layer if checkpointing else planned.layers * layer
     )
     gradients = 4 * planned.adapter_parameters(RANK, TARGETS)
-    formula = kept + gradients + SEQUENCES * TOKENS * planned.update_workspace_bytes(name)
+    formula = kept + gradients + SEQUENCES * TOKENS * update_workspace_bytes(policy(planned, name))
     assert memory.most == pytest.approx(formula, rel=0.1)

@@ -8,16 +8,24 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_families import SETTINGS, save
 
-from workflow_scripts.commands.plan import FACTS, Plan, Stage, completion_length, configured, data_sheet, plan, report
-from workflow_scripts.configuration.model import ConfigurationError
+from workflow_scripts.configuration.model import Configuration, ConfigurationError
+from workflow_scripts.configuration.overlays import parse_changes, read_configuration
 from workflow_scripts.configuration.published import PUBLISHED
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.planning.architecture import PlanError
-from workflow_scripts.planning.costs import GIGABYTE, Assumptions, Length, decoding_seconds
+from workflow_scripts.planning.costs import Length, decoding_seconds
+from workflow_scripts.planning.devices import FACTS, GIGABYTE, Assumptions, PlanError, data_sheet
+from workflow_scripts.planning.plan import Plan, Stage, completion_length, plan
+from workflow_scripts.planning.report import as_json, report
 from workflow_scripts.planning.workload import published_totals
 
 PAPER, PAPER_3B = ROOT / "configs/paper.yaml", ROOT / "configs/paper-3b.yaml"
+
+
+def configured(files: list[Path], settings: list[str]) -> Configuration:
+    """The default with overlays and changes."""
+    return read_configuration(files, parse_changes(settings))
 
 
 def planned(path: Path, gpu: str, *settings: str) -> Plan:
@@ -27,7 +35,7 @@ def planned(path: Path, gpu: str, *settings: str) -> Plan:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    command = [sys.executable, "-m", "workflow_scripts.commands.plan", *arguments]
+    command = [sys.executable, "-m", "workflow_scripts", "plan", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -35,7 +43,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is here that a run of the paper's configuration would have made, and no model in the Hub's cache."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("workflow_scripts.commands.plan.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("workflow_scripts.planning.tokens.try_to_load_from_cache", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize(("path", "gpu"), [(PAPER, "h100-80gb"), (PAPER, "a100-80gb"), (PAPER_3B, "rtx4090")])
@@ -201,6 +209,26 @@ def test_a_model_that_is_not_known_is_refused_with_what_to_do() -> None:
         planned(PAPER, "h100-80gb", "policy={hub: {repository: someone/else}}")
     with pytest.raises(ConfigurationError, match="give key=value"):
         configured([PAPER], ["seeds"])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+def test_a_folder_of_another_family_is_planned(family: str, tmp_path: Path) -> None:
+    folder, settings = save(family, tmp_path / family), SETTINGS[family]
+    hub = {"source": "hub", "hub": {"path": str(folder)}}
+    lora = {"lora": {"target_modules": rf".*{settings['language_model']}.*\.(q_proj|v_proj)"}}
+    training = {"imagereward": lora, "hpsv2": lora}
+    p = plan(
+        read_configuration([], {"policy": settings["policy"] | hub, "training": training}),
+        data_sheet("l4"),
+        Assumptions(),
+    )
+    assert p.warnings == []
+    told = report(p)
+    assert f"Policy {folder}: {p.model.architecture.parameters:,} parameters" in told and "on 4 layers" in told
+    value = json.loads(as_json(p))
+    assert value["model"]["parameters"] == p.model.architecture.parameters
+    assert value["model"]["architecture"]["vision"]["depth"] == 2
+    assert all(cost["flops"] > 0 for stage in value["stages"] for cost in stage["costs"].values())
 
 
 def test_the_report_names_every_stage_and_the_sum() -> None:

@@ -16,11 +16,13 @@ from PIL import Image
 from qwen_vocabulary import SPECIAL_TOKENS, processor
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from workflow_scripts.commands.plan import FACTS, configured, estimated_tokens
 from workflow_scripts.configuration.model import Configuration, load
+from workflow_scripts.configuration.overlays import read_configuration
 from workflow_scripts.configuration.stages import ModelConfig, TrainGrpo
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.planning.architecture import Architecture
+from workflow_scripts.planning.architecture import architecture_of
+from workflow_scripts.planning.devices import FACTS
+from workflow_scripts.planning.tokens import estimated_tokens
 from workflow_scripts.policy.loading import as_policy
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, PREFERENCES, RATINGS, messages
@@ -29,7 +31,7 @@ from workflow_scripts.preferences.schema import SUBSET, write_images, write_pref
 from workflow_scripts.rollouts.items import pointwise_items
 from workflow_scripts.rollouts.transformers_engine import generate
 
-PAPER = configured([ROOT / "configs/paper.yaml"], [])
+PAPER = read_configuration([ROOT / "configs/paper.yaml"])
 PROMPTS = ["", "a cat", "A valley filled with red flowers with smoke flowing around - digital art by Studio Ghibli."]
 VOCABULARY = 151936  # rows of the 3B's embedding; the tokenizer knows fewer
 
@@ -96,7 +98,7 @@ def test_the_paper_s_questions_in_qwen_s_chat(qwen: Any, protocol: str) -> None:
 def test_tokens_of_an_image_under_the_paper_s_cap(qwen: Any, size: tuple[int, int], tokens: int) -> None:
     ids = qwen(text=["<|image_pad|>"], images=[Image.new("RGB", size)])["input_ids"][0]
     assert len(ids) == tokens
-    planned = Architecture.of(FACTS["models"]["Qwen/Qwen2.5-VL-7B-Instruct"])
+    planned = architecture_of(FACTS["models"]["Qwen/Qwen2.5-VL-7B-Instruct"])
     assert planned.image(*size, PAPER.policy.min_pixels, PAPER.policy.max_pixels).tokens == tokens
 
 
@@ -212,6 +214,6 @@ def test_the_paper_s_configuration_rolls_out_and_trains_on_the_real_vocabulary(
     assert sidecar["metrics"]["training_items"] == 4
     (step,) = (entry for entry in json.loads((tmp_path / "training.json").read_text())["history"] if "reward" in entry)
     assert step["completions/mean_length"] <= 8
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 4 * Architecture.of(
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 4 * architecture_of(
         json.loads((small_qwen.parent / "model/config.json").read_text())
     ).adapter_parameters(16, c.training.imagereward.lora.target_modules)

@@ -8,10 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from checkout import Workflow
 
-from workflow_scripts.commands.plan import Plan, configured, data_sheet, plan
 from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.overlays import read_configuration
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.planning.costs import Assumptions
+from workflow_scripts.planning.devices import Assumptions, data_sheet
+from workflow_scripts.planning.plan import Plan, plan
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import decoded
 from workflow_scripts.preferences.schema import read_image_rows
@@ -21,7 +22,7 @@ from workflow_scripts.running.provenance import sidecar_path
 @pytest.fixture(scope="module")
 def planned() -> Plan:
     """Return the plan of configs/test.yaml, made before anything of it is read."""
-    return plan(configured([ROOT / "configs/test.yaml"], []), data_sheet("l4"), Assumptions())
+    return plan(read_configuration([ROOT / "configs/test.yaml"]), data_sheet("l4"), Assumptions())
 
 
 def sidecar(path: Path) -> dict[str, Any]:

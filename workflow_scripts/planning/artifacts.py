@@ -7,7 +7,7 @@ from typing import Any
 from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset
 from workflow_scripts.configuration.published import PUBLISHED
 from workflow_scripts.planning.architecture import BYTES, FULL
-from workflow_scripts.planning.costs import Model
+from workflow_scripts.planning.memory import Model
 from workflow_scripts.planning.workload import published_totals, selected_rows, synthetic_rows
 
 SYNTHETIC_IMAGE = {"imagereward": 4_700, "hpsv2": 3_300}  # bytes of an 84 x 84 image, lossless WebP and JPEG, measured
@@ -42,7 +42,7 @@ def artifacts(c: Configuration, models: Mapping[Any, Model], completion_tokens: 
 
 
 def _policy(c: Configuration, m: Model) -> Artifact:
-    weights = float(m.architecture.parameters() * BYTES["float16"])
+    weights = float(m.architecture.parameters * BYTES["float16"])
     if c.policy.source != "hub":
         return Artifact("policy", c.policy.bundled, 0, weights)
     if c.policy.hub.path:

@@ -4,7 +4,6 @@ The synthetic world is counted exactly, without drawing an image; so are data th
 data that are not here only the published counts are known.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,14 +15,13 @@ from workflow_scripts.configuration.data_stages import SelectSubset
 from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset, Split, Track
 from workflow_scripts.configuration.published import PUBLISHED
 from workflow_scripts.configuration.stages import ModelConfig
-from workflow_scripts.planning.architecture import Architecture, Image, PlanError
+from workflow_scripts.planning.architecture import Image
+from workflow_scripts.planning.devices import FACTS, PlanError
+from workflow_scripts.planning.tokens import Reader
 from workflow_scripts.preferences import subsampling, synthetic_layouts
 from workflow_scripts.preferences.hpdv2 import text_digest
 from workflow_scripts.preferences.synthetic_annotators import hpdv2_pairs
 from workflow_scripts.preferences.synthetic_scenes import SIDE, prompt_text
-
-OWN_PIXELS = (3136, 12845056)  # Qwen2.5-VL's own, as published, for a configuration that leaves them to the model
-TextTokens = Callable[[str, str], float]  # (template, prompt) -> tokens of the question without its visual ones
 
 
 class Row(NamedTuple):
@@ -150,22 +148,12 @@ def _unit(row: Row, pair: tuple[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------------- the questions
 
 
-def questions(
-    c: Configuration,
-    facts: dict[str, Any],
-    architecture: Architecture,
-    text_tokens: TextTokens,
-    track: Track,
-    dataset: Dataset,
-    split: Split,
-) -> Questions:
+def questions(c: Configuration, reader: Reader, track: Track, dataset: Dataset, split: Split) -> Questions:
     """What a policy of this track is asked of this split: training and validation items, or test items.
 
     Args:
         c: the configuration.
-        facts: of facts.yaml.
-        architecture: of the policy, which says how many tokens an image is.
-        text_tokens: counts those of a question's text.
+        reader: says how many tokens texts and images are for the policy.
         track: pointwise questions show an image, pairwise ones two.
         dataset: whose questions.
         split: pairs of the training data are judged ones, pairs of a test set are those with the anchor.
@@ -173,12 +161,10 @@ def questions(
     asking = ModelConfig.of(c, track)
     pairwise, template = asking.protocol == "pairwise", asking.template
     orders = 2 if pairwise and split == "test" and c.rollouts.both_orders else 1
-    about = facts["questions"][dataset]
+    about = FACTS["questions"][dataset]
 
     def seen(width: int, height: int) -> tuple[Image, ...]:
-        low, high = c.policy.min_pixels or OWN_PIXELS[0], c.policy.max_pixels or OWN_PIXELS[1]
-        image = architecture.image(width, height, low, high)
-        return (image,) * (2 if pairwise else 1)
+        return (reader.image(width, height),) * (2 if pairwise else 1)
 
     rows = selected_rows(c, dataset, split)
     synthetic = getattr(c.datasets, dataset).source == "synthetic"
@@ -189,7 +175,7 @@ def questions(
         prompts, images, pairs = published_totals(c, dataset, split)
         judged = (images - prompts) * orders if split == "test" else pairs
         items = judged if pairwise else images
-        texts = [text_tokens(template, "x" * about[f"{n}_prompt"]) for n in ("typical", "longest")]
+        texts = [reader.text(template, "x" * about[f"{n}_prompt"]) for n in ("typical", "longest")]
         means = texts[0] + sum(image.tokens for image in typical)
         return Questions(
             prompts, items, items * means, texts[1] + sum(i.tokens for i in largest), typical, largest, counted=False
@@ -204,7 +190,7 @@ def questions(
         else:
             count = len(row.pairs)
         if count:
-            each = text_tokens(template, row.prompt) + visual
+            each = reader.text(template, row.prompt) + visual
             tokens, items, longest, asked = tokens + count * each, items + count, max(longest, each), asked + 1
     if not items:
         raise PlanError(
