@@ -238,6 +238,28 @@ def test_the_report_names_every_stage_and_the_sum() -> None:
     assert "8,292,166,656 parameters" in text and "196 layers" in text
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["seeds=[0, 1, 2]"],
+        ["seeds=[0, 1]", "policy={dtype: float32, hub: {path: a}}", "numeric_threads=2"],
+        ["results=a,b", 'prompts={pointwise: "{image} x,y=z, {prompt}"}', "seeds=[1]"],
+    ],
+    ids=str,
+)
+def test_settings_of_the_command_line_are_those_of_the_configuration(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workflow_scripts import __main__
+    from workflow_scripts.commands.plan import Plan as PlanCommand
+
+    read: list[list[str]] = []
+    monkeypatch.setattr(PlanCommand, "cli_cmd", lambda command: read.append(command.config))
+    __main__.main(["plan", *(word for setting in settings for word in ("--config", setting))])
+    assert read == [settings]
+
+
 def test_the_command_line() -> None:
     done = run("--configfile", str(PAPER), "--gpu", "rtx4090", "--format", "json", "--strict")
     assert done.returncode == 1, done.stderr

@@ -1,13 +1,31 @@
 """`plan`: say what a configuration costs before it runs."""
 
+import re
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_settings import NoDecode
 
 from workflow_scripts.planning.devices import CPU, Assumptions, data_sheet, this_cpu
 from workflow_scripts.running.command_line import Command
+
+
+def split_settings(joined: Any) -> Any:
+    """Undo that pydantic-settings joins repeated options by commas, some of which belong to a YAML value."""
+    import yaml
+
+    if not isinstance(joined, str):
+        return joined
+    settings: list[str] = []
+    for piece in re.split(r",(?=[A-Za-z_][\w-]*=)", joined):
+        try:
+            yaml.safe_load(settings[-1].partition("=")[2] if settings else "")
+            settings.append(piece)
+        except yaml.YAMLError:  # the one before ends within brackets or quotes
+            settings[-1] += f",{piece}"
+    return settings
 
 
 class Plan(Command, Assumptions):
@@ -20,7 +38,7 @@ class Plan(Command, Assumptions):
 
     configfile: list[Path] = Field([])
     """Overlay on config.yaml; repeat the option for several, in order."""
-    config: list[str] = Field([])
+    config: Annotated[list[str], NoDecode, BeforeValidator(split_settings)] = Field([])
     """Change `key=value`, as of snakemake; repeat the option for several."""
     gpu: str = ""
     """GPU, such as h100-80gb (the default for device: cuda), or cpu (the default for device: cpu): this machine's."""
