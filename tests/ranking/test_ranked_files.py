@@ -211,7 +211,7 @@ def test_a_killed_ranking_goes_on(policy_folders: Path, judge_of: Callable[..., 
     killed, whole = outputs_in(tmp_path / "killed"), outputs_in(tmp_path / "whole")
     killed.table.parent.mkdir()
     command = [sys.executable, "-m", "workflow_scripts", "rank", "--prompt", "a red circle", str(folder)]
-    command += ["--policy", str(policy_folders / "hpsv2/seed0"), "--k", "2", "--batch", "4"]
+    command += ["--policy", str(policy_folders / "hpsv2/seed0"), "-k", "2", "--batch", "4"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [*command, "--output", str(killed.table.with_suffix(""))]
     process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
