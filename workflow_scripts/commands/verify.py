@@ -36,13 +36,11 @@ class Verify(Command):
 
     def cli_cmd(self) -> None:
         """Print a table of what does not fit; exit with 1 where there is anything."""
-        import yaml
-
         from workflow_scripts.configuration.overlays import read_configuration
 
         try:
             configuration = read_configuration(self.configfile)
-        except (ConfigurationError, OSError, yaml.YAMLError) as error:
+        except ConfigurationError as error:
             raise UsageError(str(error)) from None
         if self.folder.resolve() != Path(configuration.results).resolve():
             other = f"{self.folder} is not the results folder of this configuration, {configuration.results}"

@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import snakemake.cli
 import yaml
-from snakemake.utils import update_config
 
-from workflow_scripts.configuration.model import Configuration, ConfigurationError, load
+from workflow_scripts.configuration.model import Configuration, ConfigurationError
+from workflow_scripts.configuration.overlays import read_configuration
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.reference.configuration import leaves
 from workflow_scripts.running.code_digest import PACKAGE, module_closure
@@ -62,10 +62,7 @@ class FinishedRun:
 
     def __init__(self) -> None:
         """Read the configuration that the run was made with."""
-        self.raw: dict[str, Any] = {}
-        for name in ("config.yaml", CONFIGFILE):
-            update_config(self.raw, yaml.safe_load((ROOT / name).read_text(encoding="utf-8")))
-        self.configuration = load(self.raw)
+        self.configuration = self.changed({})
 
     def changed(self, change: dict[str, Any]) -> Configuration:
         """The run's configuration with other values.
@@ -73,9 +70,7 @@ class FinishedRun:
         Raises:
             ConfigurationError: these are not valid.
         """
-        raw = yaml.safe_load(yaml.safe_dump(self.raw))
-        update_config(raw, change)
-        return load(raw)
+        return read_configuration([ROOT / CONFIGFILE], change)
 
     def snakemake(self, *options: str, change: dict[str, Any]) -> str:
         """What the command line of Snakemake says with these options and other values in the configuration.

@@ -29,7 +29,13 @@ def code_digest(stage: str, engine: str | None = None) -> str:
 
 
 def module_closure(module: str, engine: str | None = None) -> dict[str, Path]:
-    """Project modules that shape what `module` writes: itself and all that it imports, directly or not."""
+    """Project modules that shape what `module` writes: itself and all that it imports, directly or not.
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    if _module_path(module) is None:
+        raise ValueError(f"{module} is no module of this package")
     found: dict[str, Path] = {}
     waiting, seen = [module], set[str]()
     while waiting:
