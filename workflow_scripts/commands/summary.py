@@ -17,17 +17,13 @@ from rich.table import Table
 
 from workflow_scripts.configuration.model import Configuration, Tracking
 from workflow_scripts.files.redaction import redacted
+from workflow_scripts.reporting.wording import HEADS, TABLES, number, with_interval
 from workflow_scripts.running.command_line import Command
 from workflow_scripts.running.provenance import read_sidecar, sidecars
 
 ERROR_LINE = re.compile(r"^(error: |wrong arguments|[\w.]*(Error|Exception|Interrupt)\b)")
 # Without the end of this address a new browser shows MLflow's menu for generative AI, without runs.
 RUNS_PAGE = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
-COLUMNS = {
-    "table1": ["training_data", "test_data", "against", "seed"],
-    "table2": ["method", "against", "seed"],
-}
-TITLES = {"table1": "Table 1: trained policies with soft reward", "table2": "Table 2: ImageReward test set"}
 
 
 class Summary(Command):
@@ -63,7 +59,7 @@ def summarise(results: Path, downloads: Path | None, uri: str, screen: Console, 
     if not made:
         return
     screen.print(stages_table(made, screen))
-    for name in COLUMNS:
+    for name in HEADS:
         if (results / f"{name}.csv").is_file():
             screen.print(accuracy_table(results / f"{name}.csv", name, screen))
     warnings = sorted({warning for record in made for warning in record["warnings"]})
@@ -110,22 +106,15 @@ def accuracy_table(path: Path, name: str, screen: Console) -> Table:
     columns = rows[0] if rows else {}
     means = [column for column in columns if re.fullmatch(r"mean@\d+", column)]
     papers = [column for column in columns if column.endswith("paper")]
-    shown = [column for column in [*COLUMNS[name], *papers, "ceiling"] if column in columns]
-    table = empty_table(f"{TITLES[name]} (%)", screen)
+    heads = [*HEADS[name], "seed"]
+    shown = [column for column in [*heads, *papers, "ceiling"] if column in columns]
+    table = empty_table(f"{TABLES[name]} (%)", screen)
     for column in [*shown, *means]:
-        table.add_column(column, justify="left" if column in COLUMNS[name] else "right", no_wrap=column in means)
+        table.add_column(column, justify="left" if column in heads else "right", no_wrap=column in means)
     for row in rows:
-        cells = [number(row[column]) if column not in COLUMNS[name] else row[column] for column in shown]
-        for mean in means:
-            low, high = row.get(f"{mean}_low"), row.get(f"{mean}_high")
-            cells.append(number(row[mean]) + (f" [{number(low)}, {number(high)}]" if low and high else ""))
-        table.add_row(*cells)
+        cells = [row[column] if column in heads else number(row[column]) for column in shown]
+        table.add_row(*cells, *(with_interval(row, mean) for mean in means))
     return table
-
-
-def number(text: str) -> str:
-    """A number of a CSV file with one decimal; nothing for nothing."""
-    return f"{float(text):.1f}" if text else ""
 
 
 def empty_table(title: str, screen: Console) -> Table:

@@ -42,7 +42,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Vision:
-    """Sizes of a vision tower; a patch has so many `values`."""
+    """Sizes of a vision tower; `values` counts the numbers of a patch."""
 
     depth: int
     hidden: int
@@ -90,7 +90,7 @@ class Architecture:
         return _language(self, None, "", False).of(tokens, context)
 
     def head_flops(self, positions: float) -> float:
-        """Logits of so many positions."""
+        """Logits of a number of positions."""
         return 2 * self.head_weights * positions
 
     def vision_flops(self, image: Image) -> float:

@@ -76,7 +76,7 @@ class Measured:
             key = (record["track"], record["policy"], record["test"]), record["seed"]
             self.records[key] = record
             table = pq.read_table(path.with_name(f"{path.stem}-prompts.parquet"))
-            prompts = record["prompts"]  # so many rows for each rule, always in the order of the test set
+            prompts = record["prompts"]  # the number of rows for each rule, always in the order of the test set
             rules = table.select(Rule._fields).take(np.arange(0, len(table), prompts)).to_pylist()
             correct, pairs = (table[name].to_numpy().reshape(-1, prompts) for name in ("correct", "pairs"))
             self.credits[key] = {Rule(**rule): (c, p) for rule, c, p in zip(rules, correct, pairs, strict=True)}

@@ -24,7 +24,7 @@ def dataset_titles(own: str | None) -> dict[str, str]:
 
 
 def number(value: Any, digits: int = 1) -> str:
-    """A number, or the text of one, with so many decimals; nothing for None, nan and an empty text."""
+    """A number, or the text of one, with `digits` decimals; empty for None, nan and an empty text."""
     return "" if value is None or value == "" or value != value else f"{float(value):.{digits}f}"
 
 
