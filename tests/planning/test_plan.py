@@ -268,3 +268,5 @@ def test_the_command_line() -> None:
     assert len(value["stages"]) == 7 and value["warnings"]
     wrong = run("--configfile", str(PAPER), "--config", "seed=[1]")
     assert (wrong.returncode, wrong.stdout) == (1, "") and "did you mean seeds?" in wrong.stderr
+    unknown = run("--gpu", "h1000")
+    assert (unknown.returncode, unknown.stdout) == (2, "") and "known are h200" in unknown.stderr

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_settings import NoDecode
 
-from workflow_scripts.planning.devices import CPU, Assumptions, data_sheet, this_cpu
-from workflow_scripts.running.command_line import Command
+from workflow_scripts.planning.devices import CPU, FACTS, Assumptions, data_sheet, this_cpu
+from workflow_scripts.running.command_line import Command, UsageError
 
 
 def split_settings(joined: Any) -> Any:
@@ -54,11 +54,13 @@ class Plan(Command, Assumptions):
         from workflow_scripts.configuration.overlays import parse_changes, read_configuration
 
         c = read_configuration(self.configfile, parse_changes(self.config))  # first: torch takes seconds to import
+        name = self.gpu or ("h100-80gb" if c.policy.device == "cuda" else CPU)
+        if name not in (known := [*FACTS["gpus"], CPU]):
+            raise UsageError(f"--gpu {name} is not known; known are {', '.join(known)}")
         from workflow_scripts.planning.comparison import comparison
         from workflow_scripts.planning.plan import plan
         from workflow_scripts.planning.report import as_json, report
 
-        name = self.gpu or ("h100-80gb" if c.policy.device == "cuda" else CPU)
         gpu = this_cpu(c.numeric_threads) if name == CPU else data_sheet(name)
         assumed = Assumptions(**{key: getattr(self, key) for key in Assumptions.model_fields})
         planned = plan(c, gpu, assumed)
