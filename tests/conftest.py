@@ -27,7 +27,7 @@ from workflow_scripts.running.provenance import sidecar_path
 # Snakemake or git changes their results. Git reads a checkout of another owner, as a container may have it.
 KEPT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "VLLM_VENV", "SOFTPREF_SCREENSHOTS")
 HOME = tempfile.TemporaryDirectory(prefix="softpref-home-")
-for name in [name for name in os.environ if name not in KEPT and not name.startswith("PYTEST_XDIST_")]:
+for name in [name for name in os.environ if name not in KEPT and not name.startswith(("OPENBLAS_", "PYTEST_XDIST_"))]:
     del os.environ[name]
 os.environ |= {"HOME": HOME.name, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
 os.environ |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
