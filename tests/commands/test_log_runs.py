@@ -44,7 +44,7 @@ with run_stage(arguments) as run:
         run.metrics({"loss": 1 / step}, step=step)
     run.metrics({"count": 3})
     run.warn("something to know")
-    arguments.output.write_text("result")
+    arguments.subset.write_text("result")
 """
 
 

@@ -27,7 +27,7 @@ from workflow_scripts.tracking.stage_run import run_stage
 arguments = Arguments.parse()
 with run_stage(arguments):
     print("holding", flush=True)
-    arguments.output.write_text(sys.stdin.read())
+    arguments.subset.write_text(sys.stdin.read())
 """
 COUNTING = """
 import sys
