@@ -84,21 +84,22 @@ def test_every_call_that_loads_a_model_refuses_its_code_and_pickles() -> None:
     calls = loading_calls()
     names = [name for name, _ in calls]
     assert names == [
-        "plan.py: AutoProcessor.from_pretrained",
+        "tokens.py: AutoImageProcessor.from_pretrained",
+        "tokens.py: AutoImageProcessor.from_pretrained",
         "loading.py: AutoProcessor.from_pretrained",
         "loading.py: AutoModelForImageTextToText.from_pretrained",
         "loading.py: PeftModel.from_pretrained",  # loads no code; its weights are checked to be safetensors before
         "vllm_engine.py: AutoConfig.from_pretrained",
         "vllm_engine.py: GenerationConfig.from_pretrained",  # numbers alone
     ]
-    for name, call in (*calls[:3], calls[4]):
+    for name, call in (*calls[:4], calls[5]):
         options = {
             keyword.arg: ast.literal_eval(keyword.value)
             for keyword in call.keywords
             if keyword.arg == "trust_remote_code"
         }
         assert options == {"trust_remote_code": False}, name
-    (safe,) = [keyword.value for keyword in calls[2][1].keywords if keyword.arg == "use_safetensors"]
+    (safe,) = [keyword.value for keyword in calls[3][1].keywords if keyword.arg == "use_safetensors"]
     assert ast.literal_eval(safe) is True
 
 
