@@ -22,7 +22,7 @@ from workflow_scripts.configuration.stages import ModelConfig, TrainGrpo
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.planning.architecture import architecture_of
 from workflow_scripts.planning.devices import FACTS
-from workflow_scripts.planning.tokens import estimated_tokens
+from workflow_scripts.planning.tokens import estimated_tokens, read_policy
 from workflow_scripts.policy.loading import as_policy
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, PREFERENCES, RATINGS, messages
@@ -98,8 +98,7 @@ def test_the_paper_s_questions_in_qwen_s_chat(qwen: Any, protocol: str) -> None:
 def test_tokens_of_an_image_under_the_paper_s_cap(qwen: Any, size: tuple[int, int], tokens: int) -> None:
     ids = qwen(text=["<|image_pad|>"], images=[Image.new("RGB", size)])["input_ids"][0]
     assert len(ids) == tokens
-    planned = architecture_of(FACTS["models"]["Qwen/Qwen2.5-VL-7B-Instruct"])
-    assert planned.image(*size, PAPER.policy.min_pixels, PAPER.policy.max_pixels).tokens == tokens
+    assert read_policy(PAPER).image(*size).tokens == tokens
 
 
 @pytest.fixture(scope="module")

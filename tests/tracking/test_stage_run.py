@@ -268,7 +268,7 @@ def test_runs_and_experiment_say_what_they_are(store: Any, preferences: Path, ru
             client.set_experiment_tag(experiment.experiment_id, "mlflow.note.content", "my own words")
     assert note == "my own words"
     told = [run.data.tags["mlflow.note.content"] for run in store()]
-    assert "snakemake --cores all --force 1.parquet" in told[1] and "Select the prompts of a split" in told[1]
+    assert "snakemake --cores all --force 1.parquet" in told[1] and "Select prompts of a split" in told[1]
 
 
 def test_without_an_address_nothing_is_tracked(
