@@ -219,5 +219,7 @@ def test_the_context_is_the_one_that_vllm_has_room_for(pair: Pair) -> None:
 
 def test_an_adapter_of_too_high_a_rank_is_refused(base_manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1024}))
-    with pytest.raises(PolicyError, match=r"rank 1024, vLLM supports at most 512; set rollouts\.engine to transformers"):
+    with pytest.raises(
+        PolicyError, match=r"rank 1024, vLLM supports at most 512; set rollouts\.engine to transformers"
+    ):
         vllm_engine.load_into_vllm(base_manifest, tmp_path, ModelConfig.of(Configuration(), "hpsv2"), RolloutsVllm())
