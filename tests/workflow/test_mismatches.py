@@ -38,7 +38,7 @@ def verify_results(workflow: Workflow, *options: str, overlay: dict[str, Any] | 
     command += ["--configfile", "configs/test.yaml"]
     if overlay:
         (workflow.folder / ".overlay.yaml").write_text(yaml.safe_dump(overlay))
-        command += [".overlay.yaml"]
+        command += ["--configfile", ".overlay.yaml"]
     done = subprocess.run(command, cwd=workflow.folder, env=environment(), capture_output=True, text=True)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout
