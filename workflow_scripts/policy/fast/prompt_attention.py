@@ -1,6 +1,8 @@
 """Attention of rollouts to the prompt that they share: its keys and values are read once for all of its rollouts.
 
-Registered with AttentionInterface of transformers. Passes without `prompts` use scaled dot-product attention (SDPA).
+Scores, weights and weighted values are float32 whatever the type of the weights, and the result is rounded once, as in
+scaled dot-product attention (SDPA): Qwen2.5 has keys so large that scores in bfloat16 would lose the soft-max.
+Registered with AttentionInterface of transformers. Passes without `prompts` use SDPA.
 """
 
 from collections.abc import Sequence
@@ -20,13 +22,12 @@ class PromptStates:
     """Keys and values of the prompts in a decoding batch, and the prompt that each row continues."""
 
     mask: torch.Tensor
-    """(prompts, 1, 1, tokens), added to the scores: 0 for a token and the smallest number for padding."""
+    """(prompts, 1, 1, tokens) float32, added to the scores: 0 for a token and the smallest number for padding."""
 
     def __init__(self, cache: Any, mask: torch.Tensor, rollouts: int) -> None:
         """Take prefilled prompts from `cache`, with `mask` (prompts, tokens); `rollouts` rows continue each of them."""
         self._layers = [(layer.keys, layer.values) for layer in cache.layers]
-        least = torch.finfo(self._layers[0][0].dtype).min
-        self.mask = torch.where(mask.bool(), 0.0, least).to(self._layers[0][0].dtype)[:, None, None]
+        self.mask = torch.where(mask.bool(), 0.0, torch.finfo(torch.float32).min)[:, None, None]
         self._prompt_of = [prompt for prompt in range(len(mask)) for _ in range(rollouts)]
         self._assign_slots()
 
@@ -64,17 +65,17 @@ class PromptStates:
 
         Args:
             layer: index of the layer.
-            query: (rows, key heads, query heads per key head, width), scaled.
+            query: (rows, key heads, query heads per key head, width) float32, scaled.
             keys: keys of the row's own tokens, (rows, key heads, tokens, width).
             values: values of the row's own tokens, same shape.
 
         Returns:
-            Attention output in the shape of `query`.
+            Attention output, float32 in the shape of `query`.
         """
-        prompt_keys, prompt_values = self._layers[layer]
+        prompt_keys, prompt_values, keys, values = (states.float() for states in (*self._layers[layer], keys, values))
         to_prompt = self._by_row(self._by_prompt(query) @ prompt_keys.transpose(-1, -2) + self.mask, query.shape[2])
         to_own = query @ keys.transpose(-1, -2)
-        weights = torch.cat([to_prompt, to_own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+        weights = torch.cat([to_prompt, to_own], -1).softmax(-1)
         tokens = prompt_keys.shape[-2]
         of_prompt = self._by_row(self._by_prompt(weights[..., :tokens]) @ prompt_values, query.shape[2])
         return of_prompt + weights[..., tokens:] @ values
@@ -105,9 +106,9 @@ def attention(
     if prompts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     rows, _, _, width = query.shape
-    scaled = query * (width**-0.5 if scaling is None else scaling)
+    scaled = query.float() * (width**-0.5 if scaling is None else scaling)
     attended = prompts.attend(module.layer_idx, scaled.view(rows, key.shape[1], -1, width), key, value)
-    return attended.reshape(rows, 1, -1, width), None
+    return attended.reshape(rows, 1, -1, width).to(query.dtype), None
 
 
 AttentionInterface.register(PROMPT_ONCE, attention)
