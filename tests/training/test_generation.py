@@ -63,6 +63,12 @@ def test_where_vllm_generates_each_of_its_keys_counts() -> None:
         assert TrainGrpo.model_validate_json(written.canonical()) == written
 
 
+@pytest.mark.parametrize("generation", ["transformers", "trl"])
+def test_keys_of_vllm_rerun_only_what_vllm_generates(generation: str) -> None:
+    given = [training(generation=generation, vllm=vllm) for vllm in ({}, TRAINING_VLLM)]
+    assert len({TrainGrpo.of(c, "hpsv2", 0).canonical() for c in given}) == 1
+
+
 def test_trl_is_told_who_generates(tmp_path: Path) -> None:
     found = {}
     for generation in ("transformers", "vllm_colocate", "vllm_server"):
@@ -103,14 +109,19 @@ def test_only_stages_that_use_vllm_run_in_its_environment() -> None:
     found = {
         rule: [
             interpreter(c, rule)
-            for c in (load({}), load({"rollouts": {"engine": "vllm"}}), training(generation="vllm_server"))
+            for c in (
+                load({}),
+                load({"rollouts": {"engine": "vllm"}}),
+                training(generation="vllm_server"),
+                training(generation="trl"),
+            )
         ]
         for rule in ("generate_rollouts", "train_grpo", "score_rollouts")
     }
     assert found == {
-        "generate_rollouts": ["python", path, "python"],
-        "train_grpo": ["python", "python", path],
-        "score_rollouts": ["python"] * 3,
+        "generate_rollouts": ["python", path, "python", "python"],
+        "train_grpo": ["python", "python", path, "python"],
+        "score_rollouts": ["python"] * 4,
     }
     spaced = load({"rollouts": {"engine": "vllm"}, "vllm_python": "/a folder/python"})
     assert interpreter(spaced, "generate_rollouts") == "'/a folder/python'"

@@ -23,7 +23,7 @@ def interpreter(c: Configuration, rule: str) -> str:
     """Python that runs the stage of a rule, quoted for the shell: that of vLLM's environment if vLLM generates."""
     uses_vllm = {
         "generate_rollouts": c.rollouts.engine == "vllm",
-        "train_grpo": any(getattr(c.training, track).generation != "transformers" for track in c.tracks),
+        "train_grpo": any(getattr(c.training, track).generation.startswith("vllm") for track in c.tracks),
     }
     return shlex.quote(str(ROOT / c.vllm_python)) if uses_vllm.get(rule) else "python"
 

@@ -128,7 +128,7 @@ class TrainGrpo(StageConfig):
         pairwise = model.protocol == "pairwise"
         # Own data have the keys of both protocols. Several processes sum in another order than one.
         unused: dict[str, Any] = {"rewards": {"approximate"}} if pairwise else {}
-        if given.generation == "transformers":
+        if not given.generation.startswith("vllm"):
             unused["vllm"] = True
         return cls(
             track=track,
