@@ -1,15 +1,21 @@
 """Items of training and validation, their targets and their images."""
 
 import random
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from trl.trainer.utils import RepeatSampler
 
+from workflow_scripts.preferences.images import Images
 from workflow_scripts.preferences.schema import write_images
-from workflow_scripts.training.items import image_reader, training_items
+from workflow_scripts.rollouts.items import Item
+from workflow_scripts.training.items import image_reader, training_items, trl_dataset
 
 
 @settings(deadline=None)
@@ -44,3 +50,21 @@ def test_images_are_decoded_when_they_are_asked_for(tmp_path: Path, scenes: Any,
     assert images.sizes == {name: picture.size for name, picture in pictures.items()}
     for name, picture in pictures.items():
         assert images.read(name).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4, 16])
+def test_each_image_is_decoded_once_a_step_whatever_the_accumulation(accumulation: int) -> None:
+    read = Counter[str]()
+
+    def reader(name: str) -> Image.Image:
+        read[name] += 1
+        return Image.new("RGB", (8, 8))
+
+    items = [(Item(f"p{n}", "t", (f"{n}a", f"{n}b"), f"{n}b"), 1) for n in range(24)]
+    names = [name for item, _ in items for name in item.image_ids]
+    dataset = trl_dataset(items, Images(dict.fromkeys(names, (8, 8)), reader), "{image}{image}", step_items=8)
+    sampler = RepeatSampler(dataset, mini_repeat_count=4, batch_size=8, repeat_count=accumulation, seed=0)
+    rows = [dataset[i] for i in sampler]
+    assert len(rows) == 24 * 4 * accumulation and set(read) == set(names)
+    assert set(read.values()) == {1}
+    assert len({id(image) for row in rows[: 8 * 4] for image in row["images"]}) == 16  # one object for each image

@@ -100,7 +100,7 @@ def main() -> None:
         run.metrics({"training_items": len(items), "validation_items": len(validation_items)})
 
         enable_faster_passes(model, processor, sharing=t.share_prompts, decoding=engine_generates(config))
-        dataset = trl_dataset(items, train.images, config.model.template)
+        dataset = trl_dataset(items, train.images, config.model.template, t.prompts_per_step)
         curves = Curves(run.metrics)
         trainer = ValidatingTrainer(
             model=model,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,12 +90,22 @@ def training_items(rows: list[dict[str, Any]], readable: set[str], protocol: str
     return items
 
 
-def trl_dataset(items: list[tuple[Item, int]], images: Images, template: str) -> datasets.Dataset:
-    """Data set for TRL, with columns `prompt` (a chat), `images` and `target`; images are decoded on access."""
+def trl_dataset(items: list[tuple[Item, int]], images: Images, template: str, step_items: int) -> datasets.Dataset:
+    """Data set for TRL, with columns `prompt` (a chat), `images` and `target`; images are decoded on access.
+
+    TRL asks for the items of a step again for each completion and each accumulation step. The images of a step are
+    kept: each is decoded once, and is one object for all rows that show it, which is processed once.
+
+    Args:
+        items: questions with their targets.
+        images: their images.
+        template: of the question.
+        step_items: number of items in a step.
+    """
+    shown = lru_cache(maxsize=step_items * max(len(item.image_ids) for item, _ in items))(images.read)
 
     def columns(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         chosen = [items[i] for i in batch["item"]]
-        shown = cache(images.read)  # one object for all rows that show an image, so that it is processed once
         return {
             "prompt": [messages(template, item.prompt) for item, _ in chosen],
             "images": [[shown(name) for name in item.image_ids] for item, _ in chosen],
