@@ -127,6 +127,7 @@ class Run:
     def close(self, status: str, log_file: Path | None, ended: int | None = None) -> None:
         """End the MLflow run (`ended` in ms, None: now); a finished one replaces finished ones of its stage_key."""
         if log_file and log_file.is_file():
+            sys.stdout.flush()  # a file takes it in blocks; a trainer prints there
             sys.stderr.flush()
             self.files([log_file], "log")
 
