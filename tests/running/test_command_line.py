@@ -71,6 +71,9 @@ def test_files_are_known_by_their_role() -> None:
     more = Example.parse([*WORDS, "--hint", "h", "--more", "x", "--more", "y"])
     expected = {"parts": [Path("a"), Path("b")], "more": [Path("x"), Path("y")], "hint": [Path("h")]}
     assert more.files("input") == expected
+    # As rules write them: all values behind one option, and an option without a file.
+    assert Example.parse([*WORDS, "--hint", "h", "--more", "x", "y"]).files("input") == expected
+    assert Example.parse([*WORDS, "--hint", "--more"]).files("input") == arguments.files("input")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,8 @@ def test_files_are_known_by_their_role() -> None:
     [
         ([], "the following arguments are required: PARTS"),
         (["a"], "--main: Field required"),
-        ([*WORDS, "--outptu", "x"], "unrecognized arguments: --outptu"),
+        ([*WORDS, "--outptu", "x"], "unrecognized arguments: --outptu x"),
+        ([*WORDS, "--outptu"], "unrecognized arguments: --outptu"),
         ([*WORDS[:-1], '{"width": "wide"}'], "--config.width: Input should be a valid integer"),
         ([*WORDS[:-1], '{"width": 1, "unit": "inhc"}'], "--config.unit: Input should be 'pixel' or 'inch'"),
         ([*WORDS[:-1], '{"width": 1, "depth": 2}'], "--config.depth: Extra inputs are not permitted"),

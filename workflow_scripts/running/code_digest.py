@@ -40,12 +40,14 @@ def module_closure(module: str, engine: str | None = None) -> dict[str, Path]:
     waiting, seen = [module], set[str]()
     while waiting:
         name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
         path = _module_path(name)
         room, _, short = name.removeprefix(f"{PACKAGE}.").partition(".")
         other_engine = room == "rollouts" and short.endswith("_engine") and short != f"{engine}_engine"
-        if path is None or name in seen or other_engine:
+        if path is None or other_engine:
             continue
-        seen.add(name)
         if room not in UNCOUNTED:
             found[name] = path
         waiting += _read(path.read_text(encoding="utf-8"))[0]

@@ -4,6 +4,7 @@ import atexit
 import gc
 import inspect
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self, TypeVar, get_args
@@ -69,7 +70,7 @@ class StageArguments(BaseSettings):
         about, example = about_and_example(module.__doc__ or "")
         return parse(
             cls,
-            one_value_each(sys.argv[1:] if arguments is None else arguments),
+            one_value_each(sys.argv[1:] if arguments is None else arguments, cls.model_fields),
             prog=f"python -m {module.__spec__.name}",
             about=about,
             after=f"{example}\n\n{ABOUT_CONFIG}".strip(),
@@ -115,15 +116,19 @@ def parse(model: type[Settings], words: list[str], prog: str, about: str, after:
     raise SystemExit(2)
 
 
-def one_value_each(words: list[str]) -> list[str]:
-    """`--scores a b` as `--scores a --scores b`, and no `--adapter` where no value follows it."""
+def one_value_each(words: list[str], known: Collection[str]) -> list[str]:
+    """`--scores a b` as `--scores a --scores b`, and no `--adapter` where no value follows it.
+
+    Options that are not known stay as they are, for the parser to refuse.
+    """
     found: list[str] = []
     option = None
     for word in words:
         if word in ("-h", "--help") or (word.startswith("--") and "=" in word):
             found.append(word)
         elif word.startswith("--"):
-            option = word
+            option = word if word[2:].split(".")[0] in known else None
+            found += [] if option else [word]
         else:
             found += [option, word] if option else [word]
     return found
