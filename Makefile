@@ -20,7 +20,7 @@ INSTALLED := .venv/requirements.lock
 ENVIRONMENT_GB := $(if $(filter Linux,$(shell uname -s)),8,2)
 DOWNLOAD_GB := $(if $(filter Linux,$(shell uname -s)),4,1)
 
-.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs site reruns bench reliability lock vllm-cpu vllm-gpu test-vllm lock-vllm
+.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs site reruns bench lock vllm-cpu vllm-gpu test-vllm lock-vllm
 
 help: ## list what there is
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -92,9 +92,10 @@ lint: setup ## format, lint and type checks alone
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 
-docs: setup ## the files and pages that are made from the code: config.yaml, its schema, docs/configuration, stages, schemas
+docs: setup ## the files and pages made from the code: config.yaml, its schema, docs/configuration, stages, schemas, reliability
 	$(BIN)/python -m workflow_scripts.reference.configuration
 	$(BIN)/python -m workflow_scripts.reference.stages
+	$(BIN)/python tests/reliability.py
 
 site: setup ## docs/ as a web site in site/, its links checked; OPTIONS=... of mkdocs build
 	$(BIN)/mkdocs build --strict $(OPTIONS)
@@ -105,9 +106,6 @@ reruns: setup ## docs/reruns.md, from dry runs on a finished run of configs/test
 
 bench: setup ## docs/performance.md anew, after `make table1`, on a quiet machine: hours
 	@for name in rollouts grpo_step 'grpo_step --phases' floors data growth anchor startup page; do $(BIN)/python -m benchmarks.$$name; done
-
-reliability: setup ## the counts of docs/reliability.md, from the tests that there are
-	$(BIN)/python tests/reliability.py
 
 lock: ## uv.lock, requirements.lock and envs/softpref.yaml from pyproject.toml (needs uv; OPTIONS=--upgrade for newer)
 	$(UV) lock $(OPTIONS)

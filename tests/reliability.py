@@ -1,6 +1,6 @@
 """Count the cases behind every promise of docs/reliability.md, and write the counts into its table.
 
-make reliability                       # or: python tests/reliability.py
+make docs                              # or: python tests/reliability.py
 
 Promise and tests of each row are written by hand; a test is a file below tests/ or file::test, and ::test alone is in
 the file before it. The counts are of the tests that pytest collects from these files.

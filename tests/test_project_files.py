@@ -76,7 +76,7 @@ def test_the_page_of_promises_counts_the_tests_that_there_are(tmp_path: Path) ->
     page = tmp_path / "reliability.md"
     subprocess.run([sys.executable, "tests/reliability.py", "--output", str(page)], cwd=ROOT, check=True)
     current = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
-    assert current == page.read_text(encoding="utf-8"), "docs/reliability.md is stale; run `make reliability`"
+    assert current == page.read_text(encoding="utf-8"), "docs/reliability.md is stale; run `make docs`"
 
 
 def test_config_yaml_is_the_default(defaults: dict[str, Any]) -> None:
