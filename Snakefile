@@ -28,7 +28,7 @@ from workflow_scripts.running.code_digest import code_digest
 from workflow_scripts.running.environment import stage_environment
 from workflow_scripts.running.mismatches import refuse_unrecorded
 from workflow_scripts.running.provenance import SUFFIX
-from workflow_scripts.policy.manifest import bundled_files
+from workflow_scripts.policy.manifest import ADAPTER, bundled_files
 from workflow_scripts.ranking.listing import ranked_images
 
 

@@ -39,11 +39,9 @@ rule make_figures:
             f"{RESULTS}/datasets/{{test}}/test/subset.parquet",
             test=targets.test_sets(configuration),
         ),
-        adapters=expand(
-            rules.train_grpo.output.adapter,
-            track=configuration.tracks,
-            seed=configuration.seeds,
-        ),
+        adapters=[
+            f"{folder}/{ADAPTER}" for folder in targets.adapter_folders(configuration)
+        ],
     output:
         tables=expand(f"{RESULTS}/figures/{{name}}.csv", name=targets.FIGURES),
         images=expand(f"{RESULTS}/figures/{{name}}.png", name=targets.FIGURES),

@@ -11,11 +11,9 @@ rule make_tables:
             lambda path: workflow.persistence.metadata(IOFile(path)) is not None,
         ),
         base=rules.prepare_base_policy.output.manifest,
-        adapters=expand(
-            rules.train_grpo.output.adapter,
-            track=configuration.tracks,
-            seed=configuration.seeds,
-        ),
+        adapters=[
+            f"{folder}/{ADAPTER}" for folder in targets.adapter_folders(configuration)
+        ],
     output:
         **{
             name: report(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,11 @@ from workflow_scripts.files.paths import ROOT
 from workflow_scripts.reference.configuration import generated_files
 
 OVERLAYS = sorted((ROOT / "configs").glob("*.yaml"))
+# What a user of configs/published-policy.yaml fills in.
+FILLED_IN = {
+    "policy": {"hub": {"revision": "4" * 40}},
+    "prompts": {"pairwise": "First: {image} Second: {image} Which one shows {prompt} better?"},
+}
 
 
 def keys(section: Section, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
@@ -50,6 +56,12 @@ def nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     for name in reversed(path):
         value = {name: value}
     return value
+
+
+def overlay_of(path: Path) -> dict[str, Any]:
+    """Return what a file of configs/ changes, with what it leaves to be filled in."""
+    raw = yaml.safe_load(path.read_text())
+    return overlaid(raw, FILLED_IN) if path.stem == "published-policy" else raw
 
 
 def overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def test_no_number_stays_text() -> None:
         ({"scoring": {"report_k": [3, 1]}}, r"scoring.report_k: \[3, 1\] is not allowed: must be ascending"),
         ({"scoring": {"report_k": [1, 4]}}, "scoring.report_k asks for Mean@4 but rollouts.blocks .* records 3"),
         ({"cross_tests": [{"track": "hpsv2", "test": "hpsv2"}]}, "cross_tests: hpsv2 on hpsv2 needs .* another test"),
-        ({"tracks": ["hpsv2"], "cross_tests": [{"track": "imagereward", "test": "hpsv2"}]}, "needs a trained track"),
+        ({"tracks": ["hpsv2"], "cross_tests": [{"track": "imagereward", "test": "hpsv2"}]}, "needs a track of"),
         ({"cross_tests": [{"track": "hpsv2", "tset": "hpsv2"}]}, "cross_tests.0.tset: unknown key; did you mean test"),
         ({"prompts": {"pairwise": "{image} {prompt}"}}, r"prompts.pairwise: .* must contain \{image\} 2 time"),
         ({"prompts": {"pointwise": "{image}"}}, r"prompts.pointwise: .* must contain .* \{prompt\} once"),
@@ -164,6 +176,71 @@ def test_no_number_stays_text() -> None:
 def test_wrong_values_are_explained(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load(raw)
+
+
+ZERO_SHOT = {"policies": ["zeroshot"], "tracks": ["hpsv2"]}
+
+
+def hub_policy(**keys: Any) -> dict[str, Any]:
+    """Return a zero-shot evaluation of a policy of the Hub that is complete, but for these keys of policy.hub."""
+    hub = {"repository": "lab/tuned", "revision": "4" * 40}
+    return ZERO_SHOT | {"policy": {"source": "hub", "hub": hub | keys}, "prompts": FILLED_IN["prompts"]}
+
+
+def test_the_published_policy_names_what_is_to_be_filled_in() -> None:
+    base = yaml.safe_load((ROOT / "config.yaml").read_text())
+    raw = yaml.safe_load((ROOT / "configs/published-policy.yaml").read_text())
+    repository = raw["policy"]["hub"]["repository"]
+    with pytest.raises(ConfigurationError) as error:
+        load(overlaid(base, raw))
+    told = str(error.value)
+    assert f"policy.hub.revision (a commit of {repository}) and prompts.pairwise (the question" in told
+    assert told.endswith(f"must be filled in; see the policy's card, https://huggingface.co/{repository}")
+    assert load(overlaid(base, overlaid(raw, FILLED_IN))).policies == ["zeroshot"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (
+            hub_policy(revision=""),
+            r"policy\.hub\.revision \(a commit of lab/tuned\) must be filled in; see .*lab/tuned",
+        ),
+        # The default is a commit of another repository.
+        (hub_policy(revision=Configuration().policy.hub.revision), r"policy\.hub\.revision \(a commit of lab/tuned\)"),
+        (hub_policy() | {"prompts": {}}, r"prompts\.pairwise \(the question .* must be filled in; see .*lab/tuned"),
+        (
+            hub_policy(adapter={"repository": "lab/lora"}),
+            r"policy\.hub\.adapter\.revision \(a commit of lab/lora\) must",
+        ),
+        ({"prompts": {"pairwise": ""}}, r"prompts\.pairwise .* must be filled in$"),
+        (hub_policy(adapter={"path": "/lora"}) | {"policies": ["grpo"]}, "adapter needs policies: .* merge_and_unload"),
+        ({"policies": ["grpo", "zeroshot"]}, r"policies: .* must be \[zeroshot\], \[grpo\] or \[zeroshot, grpo\]"),
+        ({"policies": []}, r"policies: .* must be \[zeroshot\]"),
+        (ZERO_SHOT | {"ranking": {"images": "a.csv"}}, r"ranking\.images .* policies is \[zeroshot\]; add grpo"),
+    ],
+)
+def test_a_policy_that_is_not_complete_is_refused(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load(raw)
+
+
+def test_a_complete_published_policy_is_accepted() -> None:
+    for hub in ({}, {"adapter": {"repository": "lab/lora", "revision": "v1"}}, {"path": "/model", "revision": ""}):
+        assert not load(hub_policy(**hub)).trains()
+    known = {"policy": {"source": "hub"}, "policies": ["zeroshot"]}
+    assert load(known).prompts == Configuration().prompts
+    assert load(ZERO_SHOT | {"prompts": {"pointwise": ""}}).prompts.pointwise == ""  # no track asks it
+
+
+def test_policies_and_adapter_enter_the_stages_only_where_they_are_set() -> None:
+    plain, other = load({"policy": {"source": "hub"}}), load(hub_policy(adapter={"path": "/lora"}))
+    assert "policies" not in stages.MakeTables.of(plain).model_dump(mode="json")
+    assert stages.MakeTables.of(other).model_dump(mode="json")["policies"] == ["zeroshot"]
+    assert "test_only" not in stages.DownloadDataset.of(plain, "hpsv2").model_dump(mode="json")
+    assert stages.DownloadDataset.of(other, "hpsv2").model_dump(mode="json")["test_only"] is True
+    assert "adapter" not in stages.PrepareBasePolicy.of(plain).model_dump(mode="json")["hub"]
+    assert stages.PrepareBasePolicy.of(other).model_dump(mode="json")["hub"]["adapter"]["path"] == "/lora"
 
 
 def test_root_keys_are_words() -> None:
@@ -190,7 +267,7 @@ def test_the_commented_yaml_is_the_default() -> None:
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
 def test_overlays_are_valid_and_have_folders_of_their_own(path: Path) -> None:
-    raw = yaml.safe_load(path.read_text())
+    raw = overlay_of(path)
     jsonschema.validate(raw, json.loads((ROOT / "config.schema.json").read_text()))
     assert load(overlaid(yaml.safe_load((ROOT / "config.yaml").read_text()), raw)).results != Configuration().results
 
@@ -220,7 +297,7 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
     base = yaml.safe_load((ROOT / "config.yaml").read_text())
     yield "default", load(base)
     for path in OVERLAYS:
-        yield path.stem, load(overlaid(base, yaml.safe_load(path.read_text())))
+        yield path.stem, load(overlaid(base, overlay_of(path)))
 
 
 def instances(c: Configuration) -> Iterator[stages.StageConfig]:
@@ -333,7 +410,10 @@ def test_defaults_that_the_canonical_json_omits_are_fixed() -> None:
         if field.exclude_if and field.default is not None
     }
     trainings = {("PointwiseTraining", "vllm"), ("PairwiseTraining", "vllm")}
-    assert omitting == {("ModelConfig", "attention"), ("ModelConfig", "image_processor")} | trainings
+    assert stages.MakeTables.model_fields["policies"].default == ["zeroshot", "grpo"]
+    assert stages.DownloadDataset.model_fields["test_only"].default is False
+    without_training = {("MakeTables", "policies"), ("DownloadDataset", "test_only")}
+    assert omitting == {("ModelConfig", "attention"), ("ModelConfig", "image_processor")} | trainings | without_training
 
 
 def test_shards_cover_the_test_prompts_once() -> None:
@@ -378,3 +458,16 @@ def test_a_nested_key_on_the_command_line_reaches_the_job(tmp_path: Path) -> Non
     assert config["training"]["learning_rate"] == 1e-5
     assert config["training"]["steps"] == load({}).training.imagereward.steps
     assert not (tmp_path / "results").exists()
+
+
+def test_a_run_without_training_plans_the_test_sets_alone(tmp_path: Path) -> None:
+    filled_in = tmp_path / "filled_in.yaml"
+    filled_in.write_text(yaml.safe_dump(FILLED_IN))
+    done = dry_run(tmp_path, "--configfile", str(ROOT / "configs/published-policy.yaml"), str(filled_in))
+    assert done.returncode == 0, done.stderr
+    commands = [line.strip() for line in done.stdout.splitlines() if "workflow_scripts.stages." in line]
+    ran = {line.split("workflow_scripts.stages.")[1].split()[0] for line in commands}
+    assert {"download_dataset", "generate_rollouts", "make_tables", "make_figures", "make_report"} <= ran
+    assert "train_grpo" not in ran
+    written = re.findall(r"datasets/(?:imagereward|hpsv2)/(\w+)/", "".join(commands))
+    assert set(written) == {"test"} and "/zeroshot/" in done.stdout and "/grpo/" not in done.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic_settings import CliPositionalArg
 
 from workflow_scripts.configuration.model import Configuration, Tracking, load
+from workflow_scripts.configuration.targets import adapter_folders
 from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import ADAPTER
@@ -90,12 +91,7 @@ def register_at_the_end(configuration: Configuration) -> None:
     """
     if not configuration.tracking.enabled:
         return
-    folders = [
-        folder
-        for track in configuration.tracks
-        for seed in configuration.seeds
-        if needs_registration(folder := Path(configuration.results, "policies", track, f"seed{seed}"))
-    ]
+    folders = [folder for name in adapter_folders(configuration) if needs_registration(folder := Path(name))]
     if folders:
         words = [word for key in Store.model_fields for word in (f"--{key}", str(getattr(configuration.tracking, key)))]
         subprocess.run([sys.executable, "-m", "workflow_scripts", "register", *words, *map(str, folders)], check=False)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from workflow_scripts.configuration.model import Configuration, Tracking
 from workflow_scripts.files.redaction import redacted
-from workflow_scripts.reporting.wording import HEADS, TABLES, number, with_interval
+from workflow_scripts.reporting.wording import HEADS, number, table_titles, with_interval
 from workflow_scripts.running.command_line import Command
 from workflow_scripts.running.provenance import read_sidecar, sidecars
 
@@ -59,9 +59,9 @@ def summarise(results: Path, downloads: Path | None, uri: str, screen: Console, 
     if not made:
         return
     screen.print(stages_table(made, screen))
-    for name in HEADS:
+    for name, title in table_titles(any(record["stage"] == "train_grpo" for record in found)).items():
         if (results / f"{name}.csv").is_file():
-            screen.print(accuracy_table(results / f"{name}.csv", name, screen))
+            screen.print(accuracy_table(results / f"{name}.csv", name, title, screen))
     warnings = sorted({warning for record in made for warning in record["warnings"]})
     for warning in warnings[:5]:
         screen.print(f"warning: {warning}", style="yellow", markup=False)
@@ -99,7 +99,7 @@ def stages_table(made: list[dict[str, Any]], screen: Console) -> Table:
     return table
 
 
-def accuracy_table(path: Path, name: str, screen: Console) -> Table:
+def accuracy_table(path: Path, name: str, title: str, screen: Console) -> Table:
     """One of the paper's tables from its CSV file: accuracies in % with their intervals."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -108,7 +108,7 @@ def accuracy_table(path: Path, name: str, screen: Console) -> Table:
     papers = [column for column in columns if column.endswith("paper")]
     heads = [*HEADS[name], "seed"]
     shown = [column for column in [*heads, *papers, "ceiling"] if column in columns]
-    table = empty_table(f"{TABLES[name]} (%)", screen)
+    table = empty_table(f"{title} (%)", screen)
     for column in [*shown, *means]:
         table.add_column(column, justify="left" if column in heads else "right", no_wrap=column in means)
     for row in rows:

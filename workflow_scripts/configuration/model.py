@@ -20,6 +20,7 @@ Split = Literal["train", "validation", "test"]
 DataSource = Literal["synthetic", "hub"]
 SubsampleUnit = Literal["prompt", "pair"]
 PolicyName = Literal["zeroshot", "grpo"]
+BOTH_POLICIES: list[PolicyName] = ["zeroshot", "grpo"]
 PolicySource = Literal["bundled", "cold_start", "hub"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
@@ -214,6 +215,21 @@ class ColdStart(Section):
     """Seed of weights, scenes and teacher."""
 
 
+class PolicyAdapter(Section):
+    """A published LoRA adapter on the base policy of the Hub, for policies: [zeroshot]; none by default."""
+
+    repository: str = ""
+    """Adapter repository; empty: none."""
+    revision: str = ""
+    """Commit, tag or branch of this repository; a commit id pins the adapter."""
+    path: str = ""
+    """Folder that already holds the adapter's files; nothing is then downloaded, and no repository used."""
+
+    def __bool__(self) -> bool:
+        """Whether there is one."""
+        return bool(self.repository or self.path)
+
+
 class PolicyHub(Section):
     """A base policy from the Hub."""
 
@@ -223,6 +239,7 @@ class PolicyHub(Section):
     """Commit, tag or branch of this repository; a commit id pins the weights."""
     path: str = ""
     """Folder that already holds the model's files; nothing is then downloaded or copied, and no repository used."""
+    adapter: PolicyAdapter = Field(PolicyAdapter(), exclude_if=lambda adapter: not adapter)  # keeps old digests
 
 
 class Policy(Section):
@@ -272,6 +289,8 @@ class Prompts(Section):
     @classmethod
     def _placeholders(cls, value: str, info: Any) -> str:
         wanted = 1 if info.field_name == "pointwise" else 2
+        if not value:
+            return value  # to be filled in: refused where a track asks it
         if value.count("{image}") != wanted or value.count("{prompt}") != 1:
             raise ValueError(f"must contain {{image}} {wanted} time(s) and {{prompt}} once")
         return value
@@ -617,6 +636,9 @@ class Configuration(Section):
     """Seeds of training and rollouts; with several, tables show each and the pooled result."""
     tracks: list[Track] = ["imagereward", "hpsv2"]
     """Training sets to run."""
+    policies: list[PolicyName] = BOTH_POLICIES
+    """What is tested: the base policy as it is (zeroshot), the trained ones (grpo), or both. [zeroshot] trains nothing
+    and reads the test sets alone: a published policy as a row (docs/other-models.md)."""
     cross_tests: list[CrossTest] = []
     """Extra rows of table1.csv, such as [{track: hpsv2, test: imagereward}]."""
     numeric_threads: int = Field(1, ge=1)
@@ -644,6 +666,10 @@ class Configuration(Section):
         """Whether a policy is trained or tested on the user's own data."""
         return "own" in self.tracks or any(cross.test == "own" for cross in self.cross_tests)
 
+    def trains(self) -> bool:
+        """Whether policies are trained."""
+        return "grpo" in self.policies
+
     def shard_range(self, test: Dataset, shard: int) -> tuple[int, int]:
         """Positions [start, stop) of a shard in the hash order of the test prompts; only the last one is cut short."""
         start = shard * self.rollouts.shard_prompts
@@ -656,6 +682,13 @@ class Configuration(Section):
             raise ValueError("must be one or more different whole numbers from 0")
         return value
 
+    @field_validator("policies")
+    @classmethod
+    def _ordered_policies(cls, value: list[PolicyName]) -> list[PolicyName]:
+        if not value or value != [policy for policy in BOTH_POLICIES if policy in value]:
+            raise ValueError("must be [zeroshot], [grpo] or [zeroshot, grpo]")
+        return value
+
     @model_validator(mode="after")
     def _attention_fits(self) -> "Configuration":
         policy = self.policy
@@ -663,6 +696,29 @@ class Configuration(Section):
             raise ValueError(
                 "policy.attention flash_attention_2 needs device cuda and dtype bfloat16 or float16, not "
                 f"{policy.device} and {policy.dtype}; set it to sdpa"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_complete(self) -> "Configuration":
+        hub = self.policy.hub if self.policy.source == "hub" else None
+        missing = []
+        for key, place in (("policy.hub", hub), ("policy.hub.adapter", hub and hub.adapter)):
+            if place and place.repository and not place.path and not _may_be_of(place.revision, place.repository):
+                missing.append(f"{key}.revision (a commit of {place.repository})")
+        # The default questions are the bundled policy's; a published policy is tested by its own.
+        known = not hub or hub.repository in {facts["repository"] for facts in PUBLISHED.values()}
+        for protocol in dict.fromkeys(self.protocol_of(track) for track in self.tracks):
+            asked = getattr(self.prompts, protocol)
+            if not asked or not (known or self.trains() or asked != Prompts.model_fields[protocol].default):
+                missing.append(f"prompts.{protocol} (the question that it was trained to answer)")
+        if missing:
+            card = f"; see the policy's card, https://huggingface.co/{hub.repository}" if hub else ""
+            raise ValueError(f"{' and '.join(missing)} must be filled in{card}")
+        if hub and hub.adapter and self.trains():
+            raise ValueError(
+                "policy.hub.adapter needs policies: [zeroshot]; to train on top of it, merge it into its base model "
+                "(PEFT's merge_and_unload), save that to a folder, and name the folder by policy.hub.path"
             )
         return self
 
@@ -685,7 +741,11 @@ class Configuration(Section):
                 f"distributed.strategy {strategy} needs policy.device cuda and distributed.processes of 2 or more: on "
                 "CPU, or in one process, accelerate would silently do without it; set it to ddp"
             )
-        for track in self.tracks:
+        if self.ranking.images and not self.trains():
+            raise ValueError(
+                "ranking.images is ranked by a trained policy, but policies is [zeroshot]; add grpo, or leave it empty"
+            )
+        for track in self.tracks if self.trains() else []:
             t: Training = getattr(self.training, track)
             part = t.prompts_per_step * t.group_size // t.gradient_accumulation
             if t.generation.startswith("vllm") and self.policy.device == "cpu":
@@ -702,9 +762,16 @@ class Configuration(Section):
         for cross in self.cross_tests:
             if cross.track not in self.tracks or cross.test == cross.track:
                 raise ValueError(
-                    f"cross_tests: {cross.track} on {cross.test} needs a trained track and another test set"
+                    f"cross_tests: {cross.track} on {cross.test} needs a track of `tracks` and another test set"
                 )
         return self
+
+
+def _may_be_of(revision: str, repository: str) -> bool:
+    """Whether a revision is given, and is not the published one of another repository, as the default may be."""
+    return bool(revision) and all(
+        facts["repository"] == repository for facts in PUBLISHED.values() if facts["revision"] == revision
+    )
 
 
 class ConfigurationError(ValueError):

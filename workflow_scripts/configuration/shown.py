@@ -12,7 +12,7 @@ PARAMS = (
     *("training.temperature", "training.loss_type", "training.scale_rewards", "training.lora.rank"),
     *("training.rewards.format", "training.rewards.exact", "training.rewards.approximate"),
     *("engine", "rollouts", "both_orders", "sampling.temperature", "sampling.max_thinking_tokens"),
-    *("tracks", "seeds", "report_k", "missing_answer", "bootstrap.resamples"),
+    *("tracks", "policies", "seeds", "report_k", "missing_answer", "bootstrap.resamples"),
 )
 # Where the trainer's words are not the field's; the other curves only get their group.
 CURVES = {

@@ -17,6 +17,7 @@ from workflow_scripts.configuration.data_stages import (
     SynthesizeDataset,
 )
 from workflow_scripts.configuration.model import (
+    BOTH_POLICIES,
     Attention,
     Bootstrap,
     ColdStart,
@@ -43,6 +44,8 @@ from workflow_scripts.configuration.model import (
 
 # Omitted without own data to keep old digests.
 OwnTitle = Annotated[str | None, Field(exclude_if=lambda title: title is None)]
+# Omitted at the default to keep old digests.
+Policies = Annotated[list[PolicyName], Field(exclude_if=lambda policies: policies == BOTH_POLICIES)]
 
 
 class ColdStartPolicy(StageConfig):
@@ -250,6 +253,7 @@ class MakeTables(StageConfig):
 
     stage: ClassVar[str] = "make_tables"
     tracks: list[Track]
+    policies: Policies = BOTH_POLICIES
     cross_tests: list[CrossTest]
     seeds: list[int]
     report_k: list[int]
@@ -263,6 +267,7 @@ class MakeTables(StageConfig):
         """Select from the configuration."""
         return cls(
             tracks=c.tracks,
+            policies=c.policies,
             cross_tests=c.cross_tests,
             seeds=c.seeds,
             hpsv2_fraction=c.datasets.hpsv2.train_fraction,

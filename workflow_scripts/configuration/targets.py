@@ -21,10 +21,16 @@ def gallery_shards(c: Configuration, test: Dataset) -> list[int]:
 
 
 def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
-    """(track, policy, test, seed) of every accuracy in the tables; cross rows have trained policies only."""
-    same: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in ("zeroshot", "grpo")]
-    cross: list[tuple[Track, str, Dataset]] = [(x.track, "grpo", x.test) for x in c.cross_tests]
+    """(track, policy, test, seed) of every accuracy in the tables; cross rows have the policy of table 1 only."""
+    same: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in c.policies]
+    cross: list[tuple[Track, str, Dataset]] = [(x.track, c.policies[-1], x.test) for x in c.cross_tests]
     return [(*case, seed) for case in same + cross for seed in c.seeds]
+
+
+def adapter_folders(c: Configuration) -> list[str]:
+    """Folders of the policies that are trained, one for each track and seed."""
+    tracks = c.tracks if c.trains() else []
+    return [f"{c.results}/policies/{track}/seed{seed}" for track in tracks for seed in c.seeds]
 
 
 def accuracy_files(c: Configuration) -> list[str]:

@@ -30,15 +30,16 @@ def artifacts(c: Configuration, models: Mapping[Any, Model], completion_tokens: 
     """All artifacts of a configuration; policies with their adapters by track, `completion_tokens` by stage."""
     found = [_policy(c, next(iter(models.values())))]
     for dataset in dict.fromkeys([*c.tracks, *(cross.test for cross in c.cross_tests)]):
-        found += _dataset(c, dataset, trained=dataset in c.tracks)
-    adapter = FULL * len(c.seeds) * sum(model.adapter for model in models.values())
+        found += _dataset(c, dataset, trained=c.trains() and dataset in c.tracks)
     rollouts = sum(tokens for name, tokens in completion_tokens.items() if name.startswith("generate_rollouts"))
-    found += [
-        Artifact("adapters", f"{c.results}/policies", 0, adapter),
-        Artifact("checkpoints with optimizer", f"{c.results}/checkpoints", 0, CHECKPOINTS * 3 * adapter, lasting=False),
-        Artifact("rollouts", f"{c.results}/rollouts", 0, ROLLOUT_TOKEN * rollouts * len(c.seeds)),
-    ]
-    return found
+    if c.trains():
+        adapter = FULL * len(c.seeds) * sum(model.adapter for model in models.values())
+        checkpoints = CHECKPOINTS * 3 * adapter
+        found += [
+            Artifact("adapters", f"{c.results}/policies", 0, adapter),
+            Artifact("checkpoints with optimizer", f"{c.results}/checkpoints", 0, checkpoints, lasting=False),
+        ]
+    return [*found, Artifact("rollouts", f"{c.results}/rollouts", 0, ROLLOUT_TOKEN * rollouts * len(c.seeds))]
 
 
 def _policy(c: Configuration, m: Model) -> Artifact:
@@ -72,11 +73,12 @@ def _dataset(c: Configuration, dataset: Dataset, trained: bool) -> list[Artifact
     else:
         return []
     copied = kept.get("train", 0) + kept.get("validation", 0)
-    return [
+    found = [
         Artifact(f"{dataset}, raw", where, download, raw),
         Artifact(f"{dataset}, images kept", f"{c.results}/datasets/{dataset}", 0, sum(kept.values())),
         Artifact(f"{dataset}, mapped copy", f"{c.results}/checkpoints", 0, copied, lasting=False),
     ]
+    return found if c.trains() else found[:2]
 
 
 def _published(c: Configuration, dataset: Dataset, splits: list[Any]) -> tuple[float, dict[str, float]]:
@@ -85,6 +87,8 @@ def _published(c: Configuration, dataset: Dataset, splits: list[Any]) -> tuple[f
     files = {name: float(file["bytes"]) for name, file in published["files"].items()}
     if dataset == "imagereward":
         files["images/train"] = float(published["train_sets"][c.datasets.imagereward.hub.train_set]["bytes"])
+    if not c.trains():
+        files = {name: size for name, size in files.items() if "test" in name}
     parts = {"imagereward": "images/{}", "hpsv2": "{}.tar.gz"}[dataset]
     kept = {}
     for split in splits:

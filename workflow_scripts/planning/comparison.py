@@ -41,7 +41,7 @@ def comparison(p: Plan) -> str:
 def recorded_stages(c: Configuration) -> Iterator[tuple[str, dict[str, float]]]:
     """Stages that a run has recorded, by their names in the plan: items, rollouts, seconds of the first seed."""
     seed = c.seeds[0]
-    for track in c.tracks:
+    for track in c.tracks if c.trains() else []:
         adapter = Path(c.results) / f"policies/{track}/seed{seed}/adapter_model.safetensors"
         sidecar = _sidecar(adapter)
         history = json.loads(adapter.with_name("training.json").read_text(encoding="utf-8"))["history"]

@@ -59,44 +59,48 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
 
     models, stages = dict[Any, Model](), []
     for track in c.tracks:
-        t: Training = getattr(c.training, track)
-        lora = t.lora
-        models[track] = m = Model(
-            reader.architecture, c.policy.dtype, c.policy.attention, lora.rank, lora.target_modules
-        )
-        train, validation = asked(track, track, "train"), asked(track, track, "validation")
-        length = completion_length(c, assumed, track, t.max_completion_tokens)
-        whole = Length(t.max_completion_tokens, t.max_completion_tokens)
-        costs, highest = (
-            training_costs(m, gpu, assumed, t, c.distributed, train, validation, n) for n in (length, whole)
-        )
-        completions = t.steps * t.prompts_per_step * t.group_size / t.num_iterations
-        stages.append(
-            Stage(
-                name=f"train_grpo {track}",
-                jobs=len(c.seeds),
-                asked=train,
-                rollouts=completions,
-                prompt_tokens=completions * train.mean,
-                completion_tokens=completions * length.mean,
-                at_most=completions * t.max_completion_tokens,
-                memory=training_memory(m, gpu, t, c.distributed, train, validation),
-                costs=costs,
-                highest=sum(highest.values(), Cost(0, 0)),
-            )
-        )
+        lora = getattr(c.training, track).lora
+        models[track] = Model(reader.architecture, c.policy.dtype, c.policy.attention, lora.rank, lora.target_modules)
+        if c.trains():
+            train, validation = asked(track, track, "train"), asked(track, track, "validation")
+            stages.append(training_stage(c, models[track], gpu, assumed, track, train, validation))
     for track, policy, test in dict.fromkeys(case[:3] for case in measured(c)):
         stages.append(test_stage(c, models[track], gpu, assumed, asked(track, test, "test"), (track, policy, test)))
     made = artifacts(c, models, {stage.name: stage.completion_tokens for stage in stages})
-    told = [*misfits(c, stages, gpu, assumed), *outside_the_language_model(models)]
+    told = [*misfits(c, stages, gpu, assumed), *outside_the_language_model(models if c.trains() else {})]
     return Plan(c, models[c.tracks[0]], gpu, assumed, stages, made, told)
+
+
+def training_stage(
+    c: Configuration, m: Model, gpu: Gpu, assumed: Assumptions, track: Track, train: Questions, validation: Questions
+) -> Stage:
+    """Plan the training of a track."""
+    t: Training = getattr(c.training, track)
+    length = completion_length(c, assumed, track, t.max_completion_tokens)
+    whole = Length(t.max_completion_tokens, t.max_completion_tokens)
+    costs, highest = (training_costs(m, gpu, assumed, t, c.distributed, train, validation, n) for n in (length, whole))
+    completions = t.steps * t.prompts_per_step * t.group_size / t.num_iterations
+    return Stage(
+        name=f"train_grpo {track}",
+        jobs=len(c.seeds),
+        asked=train,
+        rollouts=completions,
+        prompt_tokens=completions * train.mean,
+        completion_tokens=completions * length.mean,
+        at_most=completions * t.max_completion_tokens,
+        memory=training_memory(m, gpu, t, c.distributed, train, validation),
+        costs=costs,
+        highest=sum(highest.values(), Cost(0, 0)),
+    )
 
 
 def test_stage(
     c: Configuration, m: Model, gpu: Gpu, assumed: Assumptions, tested: Questions, case: tuple[Track, str, Dataset]
 ) -> Stage:
     """Plan the rollouts of a policy on a test set; `case` names track, policy and test set."""
-    (track, policy, test), r, trained = case, c.rollouts, case[1] == "grpo"
+    (track, policy, test), r = case, c.rollouts
+    # A published adapter is planned as large as a trained one.
+    trained = policy == "grpo" or bool(c.policy.source == "hub" and c.policy.hub.adapter)
     budget = r.sampling.max_thinking_tokens + r.sampling.max_answer_tokens
     length = completion_length(c, assumed, track, budget)
 

@@ -19,11 +19,15 @@ def report(p: Plan) -> str:
     """Report a plan in tables: policy and GPU, disk, work, memory, hours, warnings."""
     m, c = p.model, p.configuration
     source = c.policy.hub.path or c.policy.hub.repository if c.policy.source == "hub" else c.policy.bundled
+    lora = (
+        f"; LoRA of rank {m.rank} on {len(m.architecture.adapted(m.target_modules))} layers, {m.adapter:,} parameters"
+        if c.trains()
+        else ""
+    )
     assumed = ", ".join(f"{name} {value:g}" for name, value in p.assumed.model_dump().items())
     return "\n".join(
         [
-            f"Policy {source}: {m.architecture.parameters:,} parameters in {m.dtype}, attention {m.attention}; LoRA of "
-            f"rank {m.rank} on {len(m.architecture.adapted(m.target_modules))} layers, {m.adapter:,} parameters.",
+            f"Policy {source}: {m.architecture.parameters:,} parameters in {m.dtype}, attention {m.attention}{lora}.",
             f"GPU {p.gpu.name}: {p.gpu.flops / 1e12:.4g} TFLOP/s, {p.gpu.memory / GIGABYTE:.4g} GB, "
             f"{p.gpu.bandwidth / 1e9:.4g} GB/s.",
             f"Assumed: {assumed}.",

@@ -81,7 +81,9 @@ def read_policy(c: Configuration) -> Reader:
         if c.policy.hub.repository not in FACTS["models"]:
             raise PlanError(
                 f"policy.hub.repository {c.policy.hub.repository} is neither on this machine nor known here; known are "
-                f"{', '.join(FACTS['models'])}. Set policy.hub.path to a folder with its config.json and tokenizer"
+                f"{', '.join(FACTS['models'])}. Plan the one that it was tuned from, as in --config 'policy={{hub: "
+                "{repository: Qwen/Qwen2.5-VL-7B-Instruct}}', or set policy.hub.path to a folder with its config.json "
+                "and tokenizer"
             )
         published = architecture_of(FACTS["models"][c.policy.hub.repository])
         return Reader(published, None, derived_images(published, Path(c.policy.hub.repository), config))

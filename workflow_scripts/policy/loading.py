@@ -2,23 +2,26 @@
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from workflow_scripts.configuration.stages import ModelConfig
+from workflow_scripts.policy.chat_template import check_chat_template
 from workflow_scripts.policy.fast.enable import enable_faster_passes
 from workflow_scripts.policy.manifest import ADAPTER, PolicyError, base_path
-from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER, OPEN_THINKING, messages
+from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER
+from workflow_scripts.policy.published_adapter import published_adapter
 
 ANOTHER_BASE = "set policy.source and its keys to a vision-language model with weights as safetensors"
+LOADING_ERRORS = (OSError, ValueError, TypeError, ImportError, RuntimeError, LookupError, SafetensorError, UserWarning)
 LARGEST_EDGE = 4096  # pixels; processors also use `longest_edge` for an area, which is larger
 
 
@@ -120,7 +123,9 @@ def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
 
 
 def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Policy:
-    """Load the base policy, with the LoRA adapter in a folder if one is given, and enable all faster passes.
+    """Load the base policy with a LoRA adapter, if there is one, and enable all faster passes.
+
+    The adapter is the one in the given folder, else the published one that the manifest names.
 
     In float32 the adapter is merged into the weights, which saves its products in every step. In shorter types merging
     would round the weights.
@@ -131,10 +136,13 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
     model: Any = load_model(manifest, config)
     processor = load_processor(manifest, config)
     enable_faster_passes(model, processor)
+    remedy = "train the adapter again" if adapter else "set policy.hub.adapter to a LoRA adapter of this base policy"
+    adapter = adapter or published_adapter(manifest)
     if adapter is not None:
         if not (adapter / ADAPTER).is_file():  # PEFT would try a pickle, or the Hub
-            raise PolicyError(f"{adapter} holds no {ADAPTER}; train the adapter again")
-        with _loading(adapter, "train the adapter again"):
+            raise PolicyError(f"{adapter} holds no {ADAPTER}; {remedy}")
+        with _loading(adapter, remedy), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # those layers would stay as they are
             model = PeftModel.from_pretrained(model, adapter).eval()
         if config.dtype == "float32":
             model = model.merge_and_unload()
@@ -145,7 +153,16 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
 def _loading(folder: Path, remedy: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, LookupError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        ImportError,
+        RuntimeError,
+        LookupError,
+        SafetensorError,
+        UserWarning,
+    ) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())  # may list every layer; cut below
         raise PolicyError(
             f"{folder} cannot be loaded, and its own code is never run ({told:.400}); {remedy}"
@@ -154,35 +171,9 @@ def _loading(folder: Path, remedy: str) -> Iterator[None]:
 
 def as_policy(model: PreTrainedModel, processor: ProcessorMixin, config: ModelConfig) -> Policy:
     """Make a policy of a model, after checking that the question is shown as asked and each answer is one token."""
-    check_chat_template(processor, config.template)
+    check_chat_template(processor, config.template, f"prompts.{config.protocol}")
     answers = ANSWERS[config.protocol]
     return Policy(model, processor, config.template, answers, answer_token_ids(processor.tokenizer, answers))
-
-
-def check_chat_template(processor: Any, template: str) -> None:
-    """Check that the chat template shows texts and images in the order of the question and does not open the thought.
-
-    Raises:
-        PolicyError: there is no chat template, it moves the images (for example to the front), or it writes the
-            `<think>` that the model has to generate.
-    """
-    prompt = "a prompt"
-    remedy = "choose another base policy, or correct chat_template.jinja in a copy of its folder"
-    try:
-        shown = processor.apply_chat_template(messages(template, prompt), add_generation_prompt=True, tokenize=False)
-    except (ValueError, TypeError, TemplateError) as error:
-        raise PolicyError(f"the base policy has no chat template that can show an image ({error}); {remedy}") from error
-    place = 0
-    for number, text in enumerate(template.split("{image}")):
-        text = text.replace("{prompt}", prompt).strip()  # some templates strip it
-        start = shown.find(text, place)
-        if start < 0 or (number and text and not shown[place:start].strip()):
-            raise PolicyError(
-                f"the chat template does not show the images where the question has them: {shown!r}; {remedy}"
-            )
-        place = start + len(text)
-    if OPEN_THINKING in shown[place:]:
-        raise PolicyError(f"the chat template opens the thought itself ({shown[place:]!r}); {remedy}")
 
 
 def check_adapted_layers(model: PreTrainedModel, pattern: str) -> None:

@@ -32,6 +32,7 @@ CONFIGFILE = "configs/test.yaml"
 CHOSEN: dict[str, Any] = {
     "seeds": [0, 1],
     "tracks": ["hpsv2"],
+    "policies": ["zeroshot"],
     "cross_tests": [{"track": "hpsv2", "test": "imagereward"}, {"track": "imagereward", "test": "hpsv2"}],
     "scoring.report_k": [1, 2],
     "distributed.strategy": "ddp",  # the others need a GPU

@@ -23,9 +23,9 @@ from workflow_scripts.reporting.wording import (
     HEADS,
     METHODS,
     POLICIES,
-    TABLES,
     dataset_titles,
     number,
+    table_titles,
     track_titles,
     with_interval,
 )
@@ -49,7 +49,7 @@ def render(content: dict[str, Any]) -> str:
     return template.render(content, script=Markup(script), script_hash=script_hash)
 
 
-def accuracy_table(frame: pd.DataFrame, name: str, ks: list[int]) -> dict[str, Any]:
+def accuracy_table(frame: pd.DataFrame, name: str, title: str, ks: list[int]) -> dict[str, Any]:
     """One of the paper's tables for people: its own first columns, then the paper's numbers beside ours."""
     heads = HEADS[name] + (["seed"] if frame["seed"].nunique() > 1 else [])
     papers = {f"mean@{k}_paper": f"paper, Mean@{k}" for k in ks} | {"paper": "paper"}
@@ -66,7 +66,7 @@ def accuracy_table(frame: pd.DataFrame, name: str, ks: list[int]) -> dict[str, A
         for row in frame.to_dict("records")
     ]
     return {
-        "title": TABLES[name],
+        "title": title,
         "caption": "Accuracy in %, with its interval.",
         "columns": [*titles, *papers.values(), *(f"Mean@{k}" for k in ks), "ceiling", "pairs"],
         "rows": rows,
@@ -159,7 +159,10 @@ def content(
     jobs = jobs_behind(sidecars)
     gallery = Gallery(galleries, names)
     sources, models = sorted(set(one["data_source"])), sorted(set(one["model"]))
-    seeds = sorted({str(job["config"]["seed"]) for job in jobs if job["stage"] == "train_grpo"})
+    answered = [job["config"] for job in jobs if job["stage"] == "generate_rollouts"]
+    seeds, policies = (sorted({str(config[key]) for config in answered}) for key in ("seed", "policy"))
+    titles = table_titles("grpo" in policies)
+    trained = "before and after GRPO" if len(policies) > 1 else "after GRPO"
     synthetic = "synthetic" in sources
     notes = []
     if synthetic:
@@ -172,8 +175,9 @@ def content(
     versions = {f"{name} {version}" for job in jobs for name, version in job["versions"].items()}
     return {
         "title": "Visual human preferences with reasoning and soft rewards",
-        "lead": f"Base policy {', '.join(models)}, data {', '.join(sources)}, seed {', '.join(seeds)}: accuracy on "
-        f"human preferences before and after GRPO, {', '.join(f'Mean@{k}' for k in config.report_k)}.",
+        "lead": f"Base policy {', '.join(models)}, data {', '.join(sources)}, seed {', '.join(seeds)}: accuracy "
+        f"on human preferences {trained if 'grpo' in policies else 'without training'}, "
+        f"{', '.join(f'Mean@{k}' for k in config.report_k)}.",
         "notes": notes,
         "reading": f"Accuracy in %, {config.confidence:.0%} bootstrap interval over prompts. “Labels” are the "
         "annotators' judgements"
@@ -183,7 +187,7 @@ def content(
             else "."
         ),
         "tables": [
-            accuracy_table(table, name, config.report_k)
+            accuracy_table(table, name, titles[name], config.report_k)
             for name, table in {"table1": one, "table2": two}.items()
             if not table.empty
         ],

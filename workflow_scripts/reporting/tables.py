@@ -14,8 +14,8 @@ from workflow_scripts.reporting.wording import (
     HEADS,
     METHODS,
     POLICIES,
-    TABLES,
     dataset_titles,
+    table_titles,
     track_titles,
     with_interval,
 )
@@ -167,13 +167,21 @@ def columns(interval: Interval, name: str) -> dict[str, float | None]:
 
 
 def table1(measured: Measured) -> pd.DataFrame:
-    """Data set x Mean@k with soft reward, own test set first, then cross rows."""
+    """Data set x Mean@k with soft reward, own test set first, then cross rows: of trained policies where there are any.
+
+    A zero-shot policy has no training data; `training_data` then names the track whose questions it answers.
+    """
     config = measured.config
-    titles = track_titles(config.own_title) | {"hpsv2": f"HPSv2 ({config.hpsv2_fraction:.0%} subset)"}
+    shown = config.policies[-1]
+    titles = track_titles(config.own_title)
+    if shown == "grpo":
+        titles |= {"hpsv2": f"HPSv2 ({config.hpsv2_fraction:.0%} subset)"}
+    else:
+        titles = {track: f"none (asked as for {title})" for track, title in titles.items()}
     first, last = config.report_k[0], config.report_k[-1]
     rows = []
     for track, test in [(t, t) for t in config.tracks] + [(c.track, c.test) for c in config.cross_tests]:
-        policy = (track, "grpo", test)
+        policy = (track, shown, test)
         for against in measured.targets(policy):
             protocol = measured.protocol(test, against)
             groups = measured.seed_groups()
@@ -190,7 +198,7 @@ def table1(measured: Measured) -> pd.DataFrame:
                 row: dict[str, Any] = dict(zip(HEADS["table1"], heads, strict=True)) | {"seed": name}
                 for k in config.report_k:
                     row |= columns(values[name, k], f"mean@{k}")
-                    own_labels = track == test and against == LABELS
+                    own_labels = track == test and against == LABELS and shown == "grpo"
                     row[f"mean@{k}_paper"] = PAPER_TABLE1.get((track, k)) if own_labels else None
                 if last > first:
                     row |= columns(gains[name], "gain")
@@ -204,10 +212,11 @@ def table2(measured: Measured) -> pd.DataFrame:
     if "imagereward" not in config.tracks:
         return pd.DataFrame({"method": []})
     rows = []
-    for against in measured.targets(("imagereward", "grpo", "imagereward")):
+    shown: Key = ("imagereward", config.policies[-1], "imagereward")
+    for against in measured.targets(shown):
         protocol = measured.protocol("imagereward", against)
         if against == LABELS:
-            record = measured.records[("imagereward", "grpo", "imagereward"), config.seeds[0]]
+            record = measured.records[shown, config.seeds[0]]
             human = {
                 "method": "Single human",
                 "against": against,
@@ -218,6 +227,8 @@ def table2(measured: Measured) -> pd.DataFrame:
             }
             rows.append(human)
         for (name, method), title in ROWS_OF_TABLE2.items():
+            if name not in config.policies:
+                continue
             policy = ("imagereward", name, "imagereward")
             groups = measured.seed_groups()
             cases = [
@@ -237,18 +248,19 @@ def table2(measured: Measured) -> pd.DataFrame:
 End = tuple[str, str, int]  # policy, method, k
 
 
-def claims(ks: list[int]) -> list[tuple[str, End | None, End]]:
-    """What the paper claims: (words, worse end or None for chance, better end)."""
+def claims(ks: list[int], policies: Sequence[str]) -> list[tuple[str, End | None, End]]:
+    """What the paper claims of these policies: (words, worse end or None for chance, better end)."""
     first, last = ks[0], ks[-1]
+    named = {p: POLICIES[p] for p in policies}
     found: list[tuple[str, End | None, End]] = []
-    for p, policy in POLICIES.items():
+    for p, policy in named.items():
         found.append((f"{policy} > chance, soft reward, Mean@{first}", None, (p, "soft", first)))
         for k in ks:
             found.append((f"soft reward > sampled answer, {policy}, Mean@{k}", (p, "hard", k), (p, "soft", k)))
     for m in ("hard", "soft"):
-        for k in ks:
+        for k in ks if len(named) > 1 else ():
             found.append((f"trained > zero-shot, {METHODS[m]}, Mean@{k}", ("zeroshot", m, k), ("grpo", m, k)))
-        for p, policy in POLICIES.items() if last > first else ():
+        for p, policy in named.items() if last > first else ():
             found.append((f"Mean@{last} > Mean@{first}, {policy}, {METHODS[m]}", (p, m, first), (p, m, last)))
     return found
 
@@ -262,7 +274,7 @@ def claim_cases(measured: Measured, track: str, against: str) -> list[tuple[dict
     official = measured.protocol(track, against)
     ties: tuple[TieRule, ...] = (official.tie, "wrong", "half")
     found = []
-    for claim, worse, better in claims(measured.config.report_k):
+    for claim, worse, better in claims(measured.config.report_k, measured.config.policies):
         for tie in dict.fromkeys(ties):
             # Another tie rule than the official one judges strict pairs only.
             protocol = official if tie == official.tie else Protocol(tie, official.average, "dropped")
@@ -283,7 +295,7 @@ def comparisons(measured: Measured) -> pd.DataFrame:
     """Every claim with its difference in percentage points, paired bootstrap over prompts."""
     rows = []
     for track in measured.config.tracks:
-        for against in measured.targets((track, "grpo", track)):
+        for against in measured.targets((track, measured.config.policies[-1], track)):
             average = measured.protocol(track, against).average
             cases = claim_cases(measured, track, against)
             alone = iter(measured.accuracies([high for _, low, high in cases if low is None], average))
@@ -324,16 +336,17 @@ def markdown(one: pd.DataFrame, two: pd.DataFrame, compared: pd.DataFrame, confi
 
     means = [f"mean@{k}" for k in config.report_k]
     papers = [f"{mean}_paper" for mean in means]
+    titles = table_titles("grpo" in config.policies)
     say = f"Accuracy in %, {config.bootstrap.confidence:.0%} bootstrap interval over prompts."
     sources = ", ".join(sorted(set(one["data_source"])))
     parts = [
         f"# Tables\n\n{say} Data source: {sources}. Protocols and settings of every row are in the CSV files.",
-        f"## {TABLES['table1']}",
+        f"## {titles['table1']}",
         shown(one, [*HEADS["table1"], "seed", *papers, "ceiling", "notes"], means),
     ]
     if len(two):
         keys = [*HEADS["table2"], "seed", "paper", "ceiling", "notes"]
-        parts += [f"## {TABLES['table2']}", shown(two, keys, means)]
+        parts += [f"## {titles['table2']}", shown(two, keys, means)]
     # A tie at half a point favours neither side; the other rules are in comparisons.csv.
     keys = ["claim", "test_data", "against", "seed", "holds"]
     parts += [

@@ -8,6 +8,7 @@ import pandas as pd
 from workflow_scripts.policy.prompts import ANSWERS
 from workflow_scripts.reporting.drawing import CURVES, PARTS
 from workflow_scripts.reporting.policies import Policies
+from workflow_scripts.scoring.judged_prompts import JudgedPrompt
 
 
 def training_curves(policies: Policies) -> pd.DataFrame:
@@ -24,9 +25,12 @@ def training_curves(policies: Policies) -> pd.DataFrame:
 
 
 def answers(policies: Policies) -> pd.DataFrame:
-    """Share of each sampled answer before and after training: in validation, and on the policy's own test set."""
+    """Share of each sampled answer before and after training: in validation, and on the policy's own test set.
+
+    Shares of policies that are not in the run are left out, and so is validation where nothing was trained.
+    """
     tables = []
-    for track in dict.fromkeys(track for track, _ in policies.trainings):
+    for track in policies.config.tracks:
         rows = [*_validation_shares(policies, track), *_test_shares(policies, track)]
         table = pd.DataFrame(rows, columns=["source", "when", "answer", "share"])
         tables.append(table.assign(track=track, case=policies.head(track, "grpo", track)["case"]))
@@ -42,7 +46,7 @@ def _validation_shares(policies: Policies, track: str) -> list[tuple[str, str, s
     """(source, when, answer, share) at step 0 and at the step of the selected adapter, means over the seeds."""
     rows = []
     records = [record for (name, _), record in policies.trainings.items() if name == track]
-    for when in ("before", "after"):
+    for when in ("before", "after") if records else ():
         shares: defaultdict[str, list[float]] = defaultdict(list)
         for record in records:
             step = 0 if when == "before" else record["best_step"]
@@ -57,12 +61,15 @@ def _test_shares(policies: Policies, track: str) -> list[tuple[str, str, str, fl
     """(source, when, answer, share) on the own test set, with the human ratings where there are some."""
     rows = []
     names = _names(policies, track)
+    prompts: list[JudgedPrompt] = []
     for when, policy in (("before", "zeroshot"), ("after", "grpo")):
+        if (track, policy, track) not in policies.recorded:
+            continue
+        prompts = policies.recorded[track, policy, track][0].prompts
         given = pd.concat([seed.rollouts["sampled_answer"] for seed in policies.recorded[track, policy, track]])
         said = given.map(lambda answer: "none" if pd.isna(answer) else str(int(answer)))
         counts = said.value_counts(normalize=True)
         rows += [("test", when, name, float(counts.get(name, 0.0))) for name in names]
-    prompts = policies.recorded[track, "grpo", track][0].prompts
     ratings = [prompt.ratings for prompt in prompts if prompt.ratings is not None]
     if not policies.pairwise(track) and len(ratings) == len(prompts):
         rated = np.concatenate(ratings)

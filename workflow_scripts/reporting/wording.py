@@ -13,6 +13,11 @@ TABLES = {
 HEADS = {"table1": ["training_data", "test_data", "against"], "table2": ["method", "against"]}
 
 
+def table_titles(trained: bool) -> dict[str, str]:
+    """Titles of the tables; where nothing is trained, table 1 has the zero-shot policy."""
+    return TABLES if trained else TABLES | {"table1": "Table 1: zero-shot policy with soft reward"}
+
+
 def track_titles(own: str | None) -> dict[str, str]:
     """Titles of the training sets; `own` is that of the user's data."""
     return {"imagereward": "ImageReward", "hpsv2": "HPSv2", "own": own or "own data"}

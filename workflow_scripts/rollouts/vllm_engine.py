@@ -23,6 +23,7 @@ from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.loading import Policy, as_policy, image_settings, load_processor
 from workflow_scripts.policy.manifest import PolicyError, base_path
 from workflow_scripts.policy.prompts import OPEN_ANSWER, messages
+from workflow_scripts.policy.published_adapter import published_adapter
 from workflow_scripts.preferences.images import Images
 from workflow_scripts.rollouts.items import Item, stable_random
 from workflow_scripts.rollouts.rollout import Rollout
@@ -43,12 +44,14 @@ class VllmModel:
 
 
 def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, settings: RolloutsVllm) -> Policy:
-    """Load the base policy into vLLM, with the LoRA adapter in a folder if one is given.
+    """Load the base policy into vLLM with a LoRA adapter, if there is one.
+
+    The adapter is the one in the given folder, else the published one that the manifest names.
 
     Raises:
         PolicyError: the folder differs from the manifest, vLLM is not installed, or it does not support the policy.
     """
-    folder = base_path(manifest)
+    folder, adapter = base_path(manifest), adapter or published_adapter(manifest)
     # vLLM reads these on import. The workflow sets OMP_NUM_THREADS; binding would put all jobs on one core.
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -18,9 +18,11 @@ def altered_files(recorded_in: Path) -> list[str]:
     """
     record = json.loads(recorded_in.read_text(encoding="utf-8"))
     folder = ROOT / record["path"] if "path" in record else raw_folder(record, recorded_in)
+    files = {folder / name: recorded for name, recorded in record["files"].items()}
+    if adapter := record.get("adapter"):
+        files |= {ROOT / adapter["path"] / name: recorded for name, recorded in adapter["files"].items()}
     found = []
-    for name, recorded in record["files"].items():
-        path = folder / name
+    for path, recorded in files.items():
         sha256 = recorded if isinstance(recorded, str) else recorded["sha256"]
         if not path.is_file():
             found.append(f"{path}, which it names, is missing")

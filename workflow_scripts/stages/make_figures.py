@@ -9,6 +9,8 @@ python -m workflow_scripts.stages.make_figures --rollouts results/rollouts/*/*/s
 
 from pathlib import Path
 
+from pydantic import Field
+
 from workflow_scripts.configuration.stages import MakeFigures
 from workflow_scripts.files.writing import replacing
 from workflow_scripts.reporting import drawing
@@ -27,7 +29,7 @@ class Arguments(StageArguments):
     """Scores of the same."""
     subsets: list[Input]
     """Prompts of every test set with their annotations."""
-    adapters: list[Input]
+    adapters: list[Input] = Field([])
     """Adapters of the trained policies; their training records stand beside them."""
     figures: list[Output]
     """Files to write: a figure's name with .csv, .svg or .png."""
@@ -54,7 +56,7 @@ def main() -> None:
                 if path.suffix == ".csv":
                     table.to_csv(temporary, index=False, lineterminator="\n")
                 else:
-                    empty = drawing.nothing("no policy of this run compares pairs")
+                    empty = drawing.nothing("no policy of this run has data for this figure")
                     figure = empty if table.empty else FIGURES[path.stem].draw(table)
                     drawing.save(figure, temporary, path.suffix.removeprefix("."))
         pairs = tables["calibration_pairs"]

@@ -10,6 +10,8 @@ python -m workflow_scripts.stages.make_tables --accuracies results/accuracy/*/*/
 import json
 from pathlib import Path
 
+from pydantic import Field
+
 from workflow_scripts.configuration.stages import MakeTables
 from workflow_scripts.files.writing import replacing
 from workflow_scripts.reporting.tables import Measured, comparisons, markdown, sensitivity, table1, table2
@@ -24,7 +26,7 @@ class Arguments(StageArguments):
     """Accuracy files of every policy, test set and seed; their per-prompt files stand beside them."""
     base: Input
     """Manifest of the base policy."""
-    adapters: list[Input]
+    adapters: list[Input] = Field([])
     """Adapters of the trained policies; their training records, which hold the warnings, stand beside them."""
     table1: Output
     """Paper's Table 1."""
@@ -51,7 +53,9 @@ def main() -> None:
             trained = run.inputs[str(path)]["config"]
             record = json.loads(path.with_name("training.json").read_text(encoding="utf-8"))
             notes[trained["track"], trained["seed"]] = "; ".join(record["warnings"])
-        measured = Measured(arguments.accuracies, config, manifest["repository"] or Path(manifest["path"]).name, notes)
+        parts = [manifest, *([manifest["adapter"]] if "adapter" in manifest else [])]
+        model = " + ".join(part["repository"] or Path(part["path"]).name for part in parts)
+        measured = Measured(arguments.accuracies, config, model, notes)
 
         one, two, compared = table1(measured), table2(measured), comparisons(measured)
         outputs = {

@@ -1,15 +1,20 @@
 """Find or fetch the base policy and write its manifest: folder, revision, digest of every file.
 
+A published adapter on it is found or fetched likewise.
+
 python -m workflow_scripts.stages.prepare_base_policy --manifest results/policies/base/manifest.json \
     --config '{"source": "bundled", "bundled": "models/tiny-qwen2.5-vl", "hub": null}'
 """
 
 from pathlib import Path
+from typing import Any
 
+from workflow_scripts.configuration.model import PolicyAdapter, PolicyHub
 from workflow_scripts.configuration.stages import PrepareBasePolicy
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.writing import write_json
-from workflow_scripts.policy.manifest import NEEDED, model_files
+from workflow_scripts.policy.manifest import ADAPTER, NEEDED, model_files
+from workflow_scripts.policy.published_adapter import ADAPTER_CONFIG, adapter_files
 from workflow_scripts.preferences.hub import fetch
 from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
@@ -32,30 +37,47 @@ def main() -> None:
     config = arguments.config
     with run_stage(arguments) as run:
         repository = revision = None
-        if config.hub and config.hub.path:
-            folder = Path(config.hub.path).expanduser().resolve()
-        elif config.hub:
-            target = Path(str(config.downloads), "hub", config.hub.repository.replace("/", "--")).resolve()
-            folder, repository, revision, _ = fetch(
-                "model", config.hub.repository, config.hub.revision, list(NEEDED), target, "policy.hub"
-            )
+        if config.hub:
+            folder, repository, revision = located(config.hub, list(NEEDED), config, "policy.hub")
         elif arguments.cold_start:
             folder = arguments.cold_start.parent.resolve()
         else:
             folder = ROOT / str(config.bundled)
         files = model_files(folder)
-        inside = folder.is_relative_to(ROOT)
-        write_json(
-            arguments.manifest,
-            {
-                "source": config.source,
-                "repository": repository,
-                "revision": revision,
-                "path": str(folder.relative_to(ROOT) if inside else folder),
-                "files": files,
-            },
-        )
+        manifest = {"source": config.source} | recorded(folder, repository, revision, files)
+        if config.hub and config.hub.adapter:
+            place = config.hub.adapter
+            found, name, commit = located(place, [ADAPTER_CONFIG, ADAPTER], config, "policy.hub.adapter")
+            bases = (config.hub.repository, repository) if repository else ()
+            manifest["adapter"] = recorded(found, name, commit, adapter_files(found, bases))
+        write_json(arguments.manifest, manifest)
         run.metrics({"megabytes": sum((folder / name).stat().st_size for name in files) / 1e6})
+
+
+def located(
+    place: PolicyHub | PolicyAdapter, names: list[str], config: PrepareBasePolicy, key: str
+) -> tuple[Path, str | None, str | None]:
+    """Folder, repository and commit of a place's files, fetched from the Hub where it names no folder.
+
+    Args:
+        place: section of the configuration.
+        names: of the files, or patterns.
+        config: of the stage.
+        key: the section's, for messages.
+
+    Raises:
+        HubError: the Hub does not give the files.
+    """
+    if place.path:
+        return Path(place.path).expanduser().resolve(), None, None
+    target = Path(str(config.downloads), "hub", place.repository.replace("/", "--")).resolve()
+    return fetch("model", place.repository, place.revision, names, target, key)[:3]
+
+
+def recorded(folder: Path, repository: str | None, revision: str | None, files: dict[str, str]) -> dict[str, Any]:
+    """What a manifest says of a folder: where it is from, where it is, and its files."""
+    path = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    return {"repository": repository, "revision": revision, "path": str(path), "files": files}
 
 
 if __name__ == "__main__":
