@@ -169,8 +169,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", [stage, *words, "--config", config.canonical()])
         module = importlib.import_module(f"workflow_scripts.stages.{stage}")
         module.main()
-        names = [n for n, f in module.Arguments.model_fields.items() if "output" in f.metadata]
-        return json.loads(sidecar_path(Path(files[names[0]])).read_text())
+        written = next(iter(module.Arguments.parse().files("output").values()))
+        return json.loads(sidecar_path(written[0]).read_text())
 
     return run
 

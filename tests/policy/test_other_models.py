@@ -330,35 +330,6 @@ def test_answers_that_are_not_single_tokens_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "has no chat template that can show an image"),
-        ("{{ messages[0]['content'] + 'x' }}", "has no chat template that can show an image"),
-        ("{{ raise_exception('only text') }}", "has no chat template that can show an image .only text"),
-        (
-            "{% for m in messages %}{% for p in m['content'] if p['type'] == 'image' %}<image>{% endfor %}"
-            "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{% endfor %}",
-            "does not show the images where the question has them",
-        ),
-        (
-            "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}"
-            "{{ p['text'] | trim }}{% endif %}{% endfor %}{% endfor %}assistant: <think>\n",
-            "opens the thought itself",
-        ),
-    ],
-)
-def test_a_chat_template_that_shows_something_else_is_refused(
-    smolvlm: Path, template: str | None, message: str
-) -> None:
-    config = model_config(min_pixels=None, max_pixels=None)
-    model, processor = load_model(smolvlm, config), load_processor(smolvlm, config)
-    as_policy(model, processor, config)
-    processor.chat_template = template
-    with pytest.raises(PolicyError, match=message):
-        as_policy(model, processor, config)
-
-
-@pytest.mark.parametrize(
     ("pattern", "message"),
     [
         (r".*language_model.*\.q_proj", r"matches no layer; the language model of this policy is model\.text_model"),

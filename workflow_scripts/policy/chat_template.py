@@ -42,7 +42,7 @@ def check_chat_template(processor: Any, template: str, key: str) -> None:
         ) from error
 
     def refuse(problem: str) -> PolicyError:
-        return PolicyError(f"{file}: the chat template {problem}, which it shows as {shown!r}; {remedy}")
+        return PolicyError(f"{file}: the chat template {problem}; it writes {shown!r}; {remedy}")
 
     texts = [text.replace("{prompt}", PROMPT).strip() for text in template.split("{image}")]  # some templates strip it
     check_special_tokens(processor.tokenizer, texts, key)

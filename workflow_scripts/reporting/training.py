@@ -30,7 +30,7 @@ def answers(policies: Policies) -> pd.DataFrame:
     Shares of policies that are not in the run are left out, and so is validation where nothing was trained.
     """
     tables = []
-    for track in policies.config.tracks:
+    for track in dict.fromkeys(track for track, _, test in policies.recorded if track == test):
         rows = [*_validation_shares(policies, track), *_test_shares(policies, track)]
         table = pd.DataFrame(rows, columns=["source", "when", "answer", "share"])
         tables.append(table.assign(track=track, case=policies.head(track, "grpo", track)["case"]))
