@@ -217,6 +217,10 @@ def test_the_published_policy_names_what_is_to_be_filled_in() -> None:
         (hub_policy(adapter={"path": "/lora"}) | {"policies": ["grpo"]}, "adapter needs policies: .* merge_and_unload"),
         ({"policies": ["grpo", "zeroshot"]}, r"policies: .* must be \[zeroshot\], \[grpo\] or \[zeroshot, grpo\]"),
         ({"policies": []}, r"policies: .* must be \[zeroshot\]"),
+        (
+            {"datasets": {"hpsv2": {"hub": {"test_only": True}}}},
+            r"hpsv2\.hub\.test_only .* set it to false, or policies",
+        ),
         (ZERO_SHOT | {"ranking": {"images": "a.csv"}}, r"ranking\.images .* policies is \[zeroshot\]; add grpo"),
     ],
 )
@@ -237,8 +241,9 @@ def test_policies_and_adapter_enter_the_stages_only_where_they_are_set() -> None
     plain, other = load({"policy": {"source": "hub"}}), load(hub_policy(adapter={"path": "/lora"}))
     assert "policies" not in stages.MakeTables.of(plain).model_dump(mode="json")
     assert stages.MakeTables.of(other).model_dump(mode="json")["policies"] == ["zeroshot"]
-    assert "test_only" not in stages.DownloadDataset.of(plain, "hpsv2").model_dump(mode="json")
-    assert stages.DownloadDataset.of(other, "hpsv2").model_dump(mode="json")["test_only"] is True
+    small = load(ZERO_SHOT | {"datasets": {"hpsv2": {"hub": {"test_only": True}}}})
+    for c, key in ((plain, None), (other, None), (small, True)):  # what is tested reruns no download
+        assert stages.DownloadDataset.of(c, "hpsv2").model_dump(mode="json")["hub"].get("test_only") is key
     assert "adapter" not in stages.PrepareBasePolicy.of(plain).model_dump(mode="json")["hub"]
     assert stages.PrepareBasePolicy.of(other).model_dump(mode="json")["hub"]["adapter"]["path"] == "/lora"
 
@@ -411,9 +416,9 @@ def test_defaults_that_the_canonical_json_omits_are_fixed() -> None:
     }
     trainings = {("PointwiseTraining", "vllm"), ("PairwiseTraining", "vllm")}
     assert stages.MakeTables.model_fields["policies"].default == ["zeroshot", "grpo"]
-    assert stages.DownloadDataset.model_fields["test_only"].default is False
-    without_training = {("MakeTables", "policies"), ("DownloadDataset", "test_only")}
-    assert omitting == {("ModelConfig", "attention"), ("ModelConfig", "image_processor")} | trainings | without_training
+    assert Configuration().datasets.hpsv2.hub.test_only is Configuration().datasets.imagereward.hub.test_only is False
+    models = {("ModelConfig", "attention"), ("ModelConfig", "image_processor")}
+    assert omitting == models | trainings | {("MakeTables", "policies")}
 
 
 def test_shards_cover_the_test_prompts_once() -> None:

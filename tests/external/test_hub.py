@@ -422,7 +422,7 @@ def test_the_published_data_are_downloaded_and_recorded(
     facts = PUBLISHED[dataset]
     assert (record["source"], record["repository"]) == ("hub", facts["repository"])
     assert record["revision"] == record["folder"] == facts["revision"]
-    names = needed_files(config)
+    names = needed_files(config.hub)
     assert all(f"{name}: 100%" in done.stderr for name in names) and "\r" not in done.stderr
     assert set(record["files"]) == set(names) == {name for name, _ in published.transfers()}
     served = published.repositories["datasets", facts["repository"]].folder
@@ -437,7 +437,7 @@ def test_published_yaml_names_the_files_that_are_read(dataset: str) -> None:
     facts = PUBLISHED[dataset]
     for train_set, published in facts.get("train_sets", {"": {"archives": 0}}).items():
         raw = {"datasets": {dataset: {"hub": {"train_set": train_set} if train_set else {}}}}
-        names = needed_files(DownloadDataset.of(load(raw), dataset))  # type: ignore[arg-type]
+        names = needed_files(DownloadDataset.of(load(raw), dataset).hub)  # type: ignore[arg-type]
         archives = {f"images/train/train_{i}.zip" for i in range(1, published["archives"] + 1)}
         assert set(names) == {*facts["files"], *archives}
 
@@ -450,7 +450,7 @@ def test_a_folder_of_the_user_is_used_where_it_is(published: Hub, stage: Stage, 
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "dataset.json").read_text())
     assert (record["folder"], record["repository"], record["revision"]) == (str(folder), None, None)
-    assert set(record["files"]) == set(needed_files(config)) and not published.requests
+    assert set(record["files"]) == set(needed_files(config.hub)) and not published.requests
     assert {path.name for path in tmp_path.iterdir()} == {"dataset.json", "dataset.json.provenance.json"}
     config = DownloadDataset.of(load({"datasets": {"imagereward": {"hub": {"path": str(folder)}}}}), "imagereward")
     done = stage("download_dataset", config, record=tmp_path / "other.json")

@@ -209,7 +209,12 @@ def test_an_adapter_with_layers_of_other_names_is_refused(local: Path) -> None:
 def test_only_the_files_of_the_test_sets_are_downloaded(hub: Hub, run_main: Any, tmp_path: Path) -> None:
     for dataset in ("imagereward", "hpsv2"):
         folder = hub.repositories["datasets", PUBLISHED[dataset]["repository"]].folder
-        c = load({"policies": ["zeroshot"], "datasets": {dataset: {"source": "hub", "hub": {"path": str(folder)}}}})
+        c = load(
+            {
+                "policies": ["zeroshot"],
+                "datasets": {dataset: {"source": "hub", "hub": {"path": str(folder), "test_only": True}}},
+            }
+        )
         record = tmp_path / dataset / "dataset.json"
         run_main("download_dataset", DownloadDataset.of(c, dataset), record=record)  # type: ignore[arg-type]
         files = json.loads(record.read_text())["files"]

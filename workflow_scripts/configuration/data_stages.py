@@ -2,8 +2,6 @@
 
 from typing import Any, ClassVar, Self
 
-from pydantic import Field
-
 from workflow_scripts.configuration.model import (
     VALIDATION_FROM,
     Configuration,
@@ -65,13 +63,11 @@ class DownloadDataset(StageConfig):
     stage: ClassVar[str] = "download_dataset"
     dataset: Dataset
     hub: Hpdv2Hub | ImageRewardHub
-    # Omitted where training data are read, too, to keep old digests.
-    test_only: bool = Field(False, exclude_if=lambda test_only: not test_only)
 
     @classmethod
     def of(cls, c: Configuration, dataset: Dataset) -> Self:
         """Select from the configuration."""
-        return cls(dataset=dataset, hub=getattr(c.datasets, dataset).hub, test_only=not c.trains())
+        return cls(dataset=dataset, hub=getattr(c.datasets, dataset).hub)
 
 
 class RecordOwnData(StageConfig):

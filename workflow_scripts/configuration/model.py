@@ -64,6 +64,8 @@ class ImageRewardHub(Section):
     """Commit, tag or branch; a commit id pins the data."""
     path: str = ""
     """Folder that already holds the published files; nothing is then downloaded or copied, and no repository used."""
+    test_only: bool = Field(False, exclude_if=lambda test_only: not test_only)  # keeps old digests
+    """Leave out the files that only training reads, nearly all of them; for policies: [zeroshot]."""
     train_set: Literal["1k", "2k", "4k", "8k"] = "8k"
     """Published training set by its number of prompts: the first 4, 8, 16 or all 32 training archives."""
 
@@ -77,6 +79,8 @@ class Hpdv2Hub(Section):
     """Commit, tag or branch; a commit id pins the data."""
     path: str = ""
     """Folder that already holds the published files; nothing is then downloaded or copied, and no repository used."""
+    test_only: bool = Field(False, exclude_if=lambda test_only: not test_only)  # keeps old digests
+    """Leave out the files that only training reads, nearly all of them; for policies: [zeroshot]."""
 
 
 class ImageRewardWorld(Section):
@@ -638,7 +642,7 @@ class Configuration(Section):
     """Training sets to run."""
     policies: list[PolicyName] = BOTH_POLICIES
     """What is tested: the base policy as it is (zeroshot), the trained ones (grpo), or both. [zeroshot] trains nothing
-    and reads the test sets alone: a published policy as a row (docs/other-models.md)."""
+    and reads test splits alone: a published policy as a row (docs/other-models.md)."""
     cross_tests: list[CrossTest] = []
     """Extra rows of table1.csv, such as [{track: hpsv2, test: imagereward}]."""
     numeric_threads: int = Field(1, ge=1)
@@ -746,6 +750,11 @@ class Configuration(Section):
                 "ranking.images is ranked by a trained policy, but policies is [zeroshot]; add grpo, or leave it empty"
             )
         for track in self.tracks if self.trains() else []:
+            if track != "own" and getattr(self.datasets, track).hub.test_only:
+                raise ValueError(
+                    f"datasets.{track}.hub.test_only leaves nothing to train on; set it to false, or policies to "
+                    "[zeroshot]"
+                )
             t: Training = getattr(self.training, track)
             part = t.prompts_per_step * t.group_size // t.gradient_accumulation
             if t.generation.startswith("vllm") and self.policy.device == "cpu":

@@ -87,7 +87,7 @@ def _published(c: Configuration, dataset: Dataset, splits: list[Any]) -> tuple[f
     files = {name: float(file["bytes"]) for name, file in published["files"].items()}
     if dataset == "imagereward":
         files["images/train"] = float(published["train_sets"][c.datasets.imagereward.hub.train_set]["bytes"])
-    if not c.trains():
+    if getattr(c.datasets, dataset).hub.test_only:
         files = {name: size for name, size in files.items() if "test" in name}
     parts = {"imagereward": "images/{}", "hpsv2": "{}.tar.gz"}[dataset]
     kept = {}

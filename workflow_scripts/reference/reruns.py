@@ -33,6 +33,8 @@ CHOSEN: dict[str, Any] = {
     "seeds": [0, 1],
     "tracks": ["hpsv2"],
     "policies": ["zeroshot"],
+    "datasets.imagereward.hub.test_only": False,  # true needs policies: [zeroshot], and so for HPDv2
+    "datasets.hpsv2.hub.test_only": False,
     "cross_tests": [{"track": "hpsv2", "test": "imagereward"}, {"track": "imagereward", "test": "hpsv2"}],
     "scoring.report_k": [1, 2],
     "distributed.strategy": "ddp",  # the others need a GPU

@@ -10,7 +10,7 @@ place: in the folder that `hub.path` names, or in the cache of the Hub's client.
 from pathlib import Path
 
 from workflow_scripts.configuration.data_stages import DownloadDataset
-from workflow_scripts.configuration.model import Hpdv2Hub
+from workflow_scripts.configuration.model import Hpdv2Hub, ImageRewardHub
 from workflow_scripts.files.records import file_record
 from workflow_scripts.files.writing import write_json
 from workflow_scripts.preferences.hub import HubError, fetch
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = Arguments.parse()
     with run_stage(arguments) as run:
         hub, dataset = arguments.config.hub, arguments.config.dataset
-        names, beside, key = needed_files(arguments.config), arguments.record.parent, f"datasets.{dataset}.hub"
+        names, beside, key = needed_files(hub), arguments.record.parent, f"datasets.{dataset}.hub"
         if hub.path:
             folder, repository, commit = Path(hub.path).expanduser().resolve(), None, None
             files = {name: file_record(published_file(folder, name, key)) for name in names}
@@ -55,14 +55,13 @@ def main() -> None:
         run.metrics({"files": len(files), "bytes": sum(file["bytes"] for file in files.values())})
 
 
-def needed_files(config: DownloadDataset) -> list[str]:
+def needed_files(hub: ImageRewardHub | Hpdv2Hub) -> list[str]:
     """List the published files that are read, relative to the repository."""
-    hub = config.hub
     if isinstance(hub, Hpdv2Hub):
-        splits = ["test"] if config.test_only else ["train", "test"]
+        splits = ["test"] if hub.test_only else ["train", "test"]
         return [f"{split}.{kind}" for split in splits for kind in ("json", "tar.gz")]
     archives = {"train": ARCHIVES_OF_A_THOUSAND * int(hub.train_set.removesuffix("k")), **OTHER_ARCHIVES}
-    if config.test_only:
+    if hub.test_only:
         archives = {"test": OTHER_ARCHIVES["test"]}
     zips = [f"images/{split}/{split}_{i}.zip" for split, number in archives.items() for i in range(1, number + 1)]
     return [f"metadata-{split}.parquet" for split in archives] + zips
