@@ -51,6 +51,29 @@ def test_the_paper_s_configurations_fit_the_gpu_they_are_for(path: Path, gpu: st
     assert planned(path, gpu).warnings == []
 
 
+def test_a_published_policy_is_planned_as_the_one_that_it_was_tuned_from(tmp_path: Path) -> None:
+    """Rollouts alone; of the data the test sets alone; unknown models are named with this remedy."""
+    path = ROOT / "configs/published-policy.yaml"
+    filled_in = tmp_path / "filled_in.yaml"
+    prompt = "First: {image} Second: {image} Which one shows {prompt} better?"
+    filled_in.write_text(yaml.safe_dump({"policy": {"hub": {"revision": "main"}}, "prompts": {"pairwise": prompt}}))
+    with pytest.raises(
+        PlanError, match=r"as in --config 'policy=\{hub: \{repository: Qwen/Qwen2\.5-VL-7B-Instruct\}\}'"
+    ):
+        plan(configured([path, filled_in], []), data_sheet("h100-80gb"), Assumptions())
+    known = "policy={hub: {repository: Qwen/Qwen2.5-VL-7B-Instruct}}"
+    made = plan(configured([path, filled_in], [known]), data_sheet("h100-80gb"), Assumptions())
+    assert [stage.name for stage in made.stages] == [
+        "generate_rollouts hpsv2 zeroshot on hpsv2",
+        "generate_rollouts hpsv2 zeroshot on imagereward",
+    ]
+    files = [PUBLISHED[name]["files"] for name in ("imagereward", "hpsv2")]
+    tests = sum(entry["bytes"] for named in files for name, entry in named.items() if "test" in name)
+    weights = sum(entry["bytes"] for entry in PUBLISHED["qwen2.5-vl-7b"]["files"].values())
+    assert sum(artifact.download for artifact in made.artifacts) == tests + weights
+    assert "LoRA" not in report(made) and not any("adapter" in artifact.name for artifact in made.artifacts)
+
+
 def test_the_7b_does_not_fit_24_gb_and_the_plan_says_why() -> None:
     told = planned(PAPER, "rtx4090").warnings
     assert any("generation" in text and "prompts_per_step" in text for text in told)
