@@ -229,7 +229,7 @@ def test_completions_are_a_share_of_their_budget_until_they_are_measured() -> No
 
 def test_a_model_that_is_not_known_is_refused_with_what_to_do() -> None:
     with pytest.raises(PlanError, match=r"neither on this machine nor known here.*policy\.hub\.path"):
-        planned(PAPER, "h100-80gb", "policy={hub: {repository: someone/else}}")
+        planned(PAPER, "h100-80gb", "policy={hub: {repository: someone/else, revision: main}}")
     with pytest.raises(ConfigurationError, match="give key=value"):
         configured([PAPER], ["seeds"])
 
