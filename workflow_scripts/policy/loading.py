@@ -153,16 +153,7 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
 def _loading(folder: Path, remedy: str) -> Iterator[None]:
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        ImportError,
-        RuntimeError,
-        LookupError,
-        SafetensorError,
-        UserWarning,
-    ) as error:
+    except LOADING_ERRORS as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())  # may list every layer; cut below
         raise PolicyError(
             f"{folder} cannot be loaded, and its own code is never run ({told:.400}); {remedy}"
