@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="vLLM is not in this environment; make test-vllm runs these in its own")
 
-from workflow_scripts.configuration.model import Configuration, RolloutsVllm, Sampling
+from workflow_scripts.configuration.model import Configuration, RolloutsVllm, Sampling, load
 from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.loading import load_policy
-from workflow_scripts.policy.manifest import PolicyError
+from workflow_scripts.policy.manifest import PolicyError, base_path, model_files
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.preferences.schema import read_table
@@ -215,6 +217,37 @@ def test_the_context_is_the_one_that_vllm_has_room_for(pair: Pair) -> None:
     context = pair.vllm.model.config.get_text_config().max_position_embeddings
     assert context == pair.model.model.config.get_text_config().max_position_embeddings
     assert too_long(pair.vllm, pair.items, sizes, Sampling(max_thinking_tokens=context - 20)) == set(pair.items)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_answers_do_not_tie_in_bfloat16(
+    adapted: bool, base_manifest: Path, adapter: Path, scenes: Any, images: Any, tmp_path: Path
+) -> None:
+    """Of a policy whose digits are so alike that a head in bfloat16 gives equal logits."""
+    folder = shutil.copytree(base_path(base_manifest), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    ids = load_policy(base_manifest, None, ModelConfig.of(Configuration(), "imagereward")).answer_token_ids
+    torch.manual_seed(0)
+    head = weights["model.embed_tokens.weight"]  # both in one
+    head[ids] = (2 * torch.randn(head.shape[1]) + 0.02 * torch.randn(7, head.shape[1])).to(head.dtype)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"path": str(folder), "files": model_files(folder)}))
+    config = ModelConfig.of(load({"policy": {"dtype": "bfloat16"}}), "imagereward")
+    chosen = adapter if adapted else None
+    rows = [{"prompt_id": f"p{i}", "prompt": prompt, "image_ids": list(p)} for i, (prompt, p) in enumerate(scenes)]
+    items = pointwise_items(rows, set(images))
+    vllm = vllm_engine.load_into_vllm(manifest, chosen, config, RolloutsVllm())
+    both = Pair(vllm, load_policy(manifest, chosen, config), items, images)
+    by_id = {item.item_id: item for item in items}
+    tied = 0
+    for row in both.run(rollouts=1, sampling=HURRIED):
+        assert len(set(row["answer_logprobs"])) == 7
+        logits = both.forward(by_id[row["item_id"]], row["completion_ids"][: row["answer_position"]])[ids]
+        tied += len(logits.bfloat16().unique()) < 7
+        assert row["answer_logprobs"] == pytest.approx(logits.log_softmax(-1).tolist(), abs=0.1, rel=0)
+    assert tied > len(items) / 2
+    vllm.model.llm.llm_engine.engine_core.shutdown()
 
 
 def test_an_adapter_of_too_high_a_rank_is_refused(base_manifest: Path, tmp_path: Path) -> None:

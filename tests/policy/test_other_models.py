@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_families import FAMILIES, SETTINGS, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workflow_scripts.configuration.model import Configuration, ConfigurationError, load
+from workflow_scripts.configuration.model import Configuration, ConfigurationError, Sampling, load
 from workflow_scripts.configuration.stages import GenerateRollouts, ModelConfig, PrepareBasePolicy, TrainGrpo
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import (
@@ -28,11 +28,12 @@ from workflow_scripts.policy.loading import (
 )
 from workflow_scripts.policy.manifest import PolicyError, base_path, model_files
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.preferences.images import decoded
+from workflow_scripts.preferences.images import decoded, in_memory
 from workflow_scripts.preferences.schema import IMAGES, SUBSET, read_table, write_images, write_preferences
 from workflow_scripts.rollouts.context import too_long
-from workflow_scripts.rollouts.items import Item
+from workflow_scripts.rollouts.items import Item, pointwise_items
 from workflow_scripts.rollouts.record import ROLLOUT
+from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.training.rewards import REWARDS
 
 TRACKS = ["imagereward", "hpsv2"]
@@ -151,6 +152,36 @@ def test_rollouts_are_those_of_a_teacher_forced_forward(
         unseen = teacher_forced(policy, prompt, [blank[name] for name in names], row)
         assert unseen != pytest.approx(expected, abs=1e-3, rel=0)
     assert compared > len(rows) / 2
+
+
+def test_answers_tie_in_bfloat16_only_where_the_states_do_not_tell_them_apart(
+    family: str, folder: Path, scenes: Any
+) -> None:
+    short = SETTINGS[family]["policy"] | {"dtype": "bfloat16"}
+    policy = load_policy(manifest_of(folder), None, ModelConfig.of(load({"policy": short}), "imagereward"))
+    head: Any = policy.model.get_output_embeddings()
+    torch.manual_seed(0)
+    alike = 4 * torch.randn(head.in_features) + 0.02 * torch.randn(7, head.in_features)
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # no longer the embedding's
+    head.weight.data[policy.answer_token_ids] = alike.bfloat16()
+    states: list[torch.Tensor] = []
+    head.register_forward_pre_hook(lambda module, args: states.append(args[0][0, -1]))
+    found, ties = [], 0
+    for prompt, pictures in scenes[:2]:
+        row = {"prompt_id": "p", "prompt": prompt, "image_ids": list(pictures)}
+        for item in pointwise_items([row], set(pictures)):
+            states.clear()
+            options = {"first_k": 0, "sampling": Sampling(max_thinking_tokens=2), "batch_items": 1, "seed": ""}
+            (rollout,) = generate(policy, [item], in_memory(pictures), rollouts=1, **options)
+            state = states[rollout["answer_position"]]
+            logits = state.double() @ head.weight[policy.answer_token_ids].double().T
+            torch.testing.assert_close(
+                torch.tensor(rollout["answer_logprobs"], dtype=torch.double), logits.log_softmax(-1), atol=1e-5, rtol=0
+            )
+            assert len(set(rollout["answer_logprobs"])) == 7
+            found.append(rollout["answer_logprobs"])
+            ties += len(logits.bfloat16().unique()) < 7
+    assert ties > len(found) / 2
 
 
 @pytest.mark.parametrize("track", TRACKS)

@@ -166,7 +166,7 @@ def test_greedy_completions_are_those_of_generate(policies: Any, scenes: Any, tr
     ]
     ends = [policy.tokenizer.eos_token_id]
     inputs = policy.processor(text=texts, images=[shown for _, shown in asked], padding=True, return_tensors="pt")
-    found = sample_completions(policy.model, inputs, 3, Sampling(temperature=0), 48, ends)
+    found, _ = sample_completions(policy.model, inputs, 3, Sampling(temperature=0), 48, ends)
     assert len(found) == 3 * len(asked)
     lengths = set()
     for i, (text, (_, pictures)) in enumerate(zip(texts, asked, strict=True)):
@@ -186,7 +186,7 @@ def test_a_completion_ends_with_its_end_token_or_has_all_tokens(policies: Any, s
     inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
     torch.manual_seed(0)
     end = policy.tokenizer.eos_token_id
-    found = sample_completions(policy.model, inputs, 40, Sampling(), 24, [end])
+    found, _ = sample_completions(policy.model, inputs, 40, Sampling(), 24, [end])
     assert {len(ids) for ids in found if ids[-1] != end} <= {24}
     assert all(end not in ids[:-1] for ids in found)
     assert any(ids[-1] == end for ids in found) and len({tuple(ids) for ids in found}) > 1
@@ -199,5 +199,34 @@ def test_tokens_that_must_not_be_sampled_are_not(policies: Any, scenes: Any) -> 
         messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
     )
     inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
-    (usual,) = {ids[0] for ids in sample_completions(policy.model, inputs, 20, Sampling(), 1, [])}
-    assert all(ids != [usual] for ids in sample_completions(policy.model, inputs, 20, Sampling(), 1, [], [usual]))
+    sampled, _ = sample_completions(policy.model, inputs, 20, Sampling(), 1, [])
+    (usual,) = {ids[0] for ids in sampled}
+    others, logprobs = sample_completions(policy.model, inputs, 20, Sampling(), 1, [], [usual])
+    assert all(ids != [usual] for ids in others)
+    scored = Decoding(policy.model, inputs, 1).logits[0].log_softmax(-1)  # with that token, as TRL scores
+    assert torch.allclose(torch.tensor(logprobs)[:, 0], scored[[ids[0] for ids in others]], atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.7), Sampling(top_k=2, top_p=0.9)])
+def test_sampled_tokens_have_the_log_probabilities_of_a_teacher_forced_pass(
+    policies: Any, scenes: Any, sampling: Sampling
+) -> None:
+    policy = policies["imagereward"]
+    prompt, pictures = scenes[0]
+    text = policy.processor.apply_chat_template(
+        messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
+    )
+    inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
+    asked = inputs["input_ids"]
+    ends = [policy.tokenizer.eos_token_id]
+    found, logprobs = sample_completions(policy.model, inputs, 6, sampling, 24, ends)
+    assert [len(ids) for ids in found] == [len(values) for values in logprobs]
+    for ids, values in zip(found, logprobs, strict=True):
+        whole = dict(inputs) | {"input_ids": torch.cat([asked, torch.tensor([ids])], 1)}
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        text_tokens = torch.zeros(1, len(ids), dtype=inputs["mm_token_type_ids"].dtype)
+        whole["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], text_tokens], 1)
+        with torch.no_grad():
+            logits = policy.model(**whole).logits[0, asked.shape[1] - 1 : -1].double() / (sampling.temperature or 1)
+        scored = logits.log_softmax(-1)[range(len(ids)), ids]
+        torch.testing.assert_close(torch.tensor(values, dtype=torch.double), scored, atol=1e-4, rtol=0)

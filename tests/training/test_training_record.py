@@ -1,23 +1,25 @@
 """The record of a training, and its warnings."""
 
+import re
 from typing import Any
 
 import pytest
 
-from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.configuration.stages import TrainGrpo
 from workflow_scripts.training.record import training_record
 
 CONFIG = TrainGrpo.of(Configuration(), "hpsv2", 3)
 
 
-def history(best: float, largest_share: float) -> list[dict[str, Any]]:
-    """Log of a trainer that validates before and after one step."""
+def history(best: float, largest_share: float, *differences: float) -> list[dict[str, Any]]:
+    """Log of a trainer that validates before and after one step, and of steps with these differences of sampling."""
     accuracy, share = "eval_soft_pair_accuracy", "eval_largest_answer_share"
     return [
         {"step": 0, accuracy: 0.5, share: 0.6},
         {"step": 1, "reward": 1.0, "step_time": 2.0},
         {"step": 1, accuracy: best, share: largest_share},
+        *({"step": 1, "sampling/sampling_logp_difference/mean": value} for value in differences),
         {"step": 1, "train_loss": 0.1, "train_runtime": 9.0},
     ]
 
@@ -41,3 +43,35 @@ def test_a_training_that_failed_says_so(best: float, share: float, expected: lis
 def test_the_record_has_no_times() -> None:
     record = training_record(CONFIG, history(0.6, 0.5), 1, list[str]().append)
     assert record["history"][1] == {"step": 1, "reward": 1.0} and len(record["history"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "generation", "differences", "expected"),
+    [
+        ("float32", "transformers", [], None),
+        ("float32", "transformers", [3e-6, 1.9e-4], None),
+        (
+            "float32",
+            "transformers",
+            [3e-6, 2.1e-4],
+            r"differ by 0\.00011 .*float32 explains 0\.0001;.* to trl$",
+        ),
+        ("bfloat16", "vllm_server", [0.04, 0.05], None),
+        (
+            "bfloat16",
+            "vllm_server",
+            [0.02, 0.1],
+            r"differ by 0\.06 .*bfloat16 explains 0\.05;.* to transformers$",
+        ),
+        ("float16", "trl", [0.006], None),
+    ],
+)
+def test_a_policy_that_samples_otherwise_than_it_is_trained_is_told(
+    dtype: str, generation: str, differences: list[float], expected: str | None
+) -> None:
+    raw = {"policy": {"dtype": dtype, "device": "cuda"}, "training": {"hpsv2": {"generation": generation}}}
+    config = TrainGrpo.of(load(raw), "hpsv2", 3)
+    warnings: list[str] = []
+    training_record(config, history(0.6, 0.5, *differences), 1, warnings.append)
+    assert len(warnings) == (expected is not None)
+    assert expected is None or re.search(expected, warnings[0])

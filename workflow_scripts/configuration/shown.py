@@ -20,6 +20,8 @@ CURVES = {
     "completions/mean_length": "train/completion_length",
     "completions/clipped_ratio": "train/completion_clipped_share",
     "frac_reward_zero_std": "train/share_of_groups_without_signal",
+    "sampling/sampling_logp_difference/mean": "train/sampling_difference",
+    "sampling/sampling_logp_difference/max": "train/largest_sampling_difference",
     "num_tokens": "train/tokens",
     "step_time": "train/seconds_per_step",
     "total_flos": "trainer/total_flos",

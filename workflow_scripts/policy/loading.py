@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.chat_template import check_chat_template
-from workflow_scripts.policy.fast.enable import enable_faster_passes
+from workflow_scripts.policy.fast.enable import enable_faster_passes, return_float32_logits
 from workflow_scripts.policy.manifest import ADAPTER, PolicyError, base_path
 from workflow_scripts.policy.prompts import ANSWERS, OPEN_ANSWER
 from workflow_scripts.policy.published_adapter import published_adapter
@@ -99,7 +99,7 @@ def image_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
-    """Load the base model in evaluation mode, with weights from safetensors only.
+    """Load the base model in evaluation mode, with weights from safetensors only; its logits are float32.
 
     Only the end tokens of its generation_config are kept, because the configuration decides how to sample.
 
@@ -119,6 +119,7 @@ def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
     published = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=published.eos_token_id, pad_token_id=published.pad_token_id)
     loaded: PreTrainedModel = model.to(config.device).eval()
+    return_float32_logits(loaded)
     return loaded
 
 

@@ -135,25 +135,32 @@ def sample_completions(
     max_tokens: int,
     end_ids: Collection[int],
     never: Sequence[int] = (),
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[list[float]]]:
     """Sample `rollouts` completions of each prompt, up to and including an end token, of at most `max_tokens` tokens.
 
     Tokens in `never` are not sampled. Random numbers come from torch's default generator.
+
+    Returns:
+        The tokens of each completion, and the log-probability of each of them in softmax(logits / temperature) over the
+        whole vocabulary, as TRL scores it: without top-k and top-p, and with the tokens in `never`.
     """
     decoding = Decoding(model, inputs, rollouts)
     warpers = warpers_of(sampling)
     ruled_out = torch.tensor(never, dtype=torch.long, device=decoding.logits.device)
     completions: list[list[int]] = [[] for _ in range(len(decoding.logits))]
+    logprobs: list[list[float]] = [[] for _ in completions]
     alive = list(range(len(completions)))
     for length in range(1, max_tokens + 1):
-        decoding.logits.index_fill_(1, ruled_out, -torch.inf)
-        tokens = draw(decoding.logits, warpers, sampling.temperature, None)
-        for row, token in zip(alive, tokens, strict=True):
+        scaled = decoding.logits / (sampling.temperature or 1)
+        tokens = draw(decoding.logits.index_fill_(1, ruled_out, -torch.inf), warpers, sampling.temperature, None)
+        losses = torch.nn.functional.cross_entropy(scaled, torch.tensor(tokens, device=scaled.device), reduction="none")
+        for row, token, loss in zip(alive, tokens, losses.tolist(), strict=True):
             completions[row].append(token)
+            logprobs[row].append(-loss)
         keep = [j for j, token in enumerate(tokens) if token not in end_ids]
         if not keep or length == max_tokens:
             break
         keep = compaction_order(keep)
         alive = [alive[j] for j in keep]
         decoding.step(keep, [tokens[j] for j in keep])
-    return completions
+    return completions, logprobs

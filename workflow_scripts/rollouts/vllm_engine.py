@@ -93,6 +93,7 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         # A question prefilled in two chunks would draw one more random number; on a CPU vLLM fails.
         enable_chunked_prefill=False,
         logprobs_mode="raw_logprobs",  # before temperature and other sampling settings
+        hf_overrides={"head_dtype": "float32"},  # logits as in the transformers engine
         limit_mm_per_prompt={"image": config.template.count("{image}"), "video": 0},
         mm_processor_kwargs=image_settings(config),
         enable_lora=adapter is not None,

@@ -56,7 +56,7 @@ def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) ->
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model.eval()
         with adapter_merged(model, config.model.dtype):
-            completions = sample_completions(
+            completions, logprobs = sample_completions(
                 model,
                 inputs.to(model.device),
                 group_size,
@@ -70,7 +70,7 @@ def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) ->
             ids[mask == 1].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
         prompt_ids = [ids for ids in unpadded for _ in range(group_size)]
-        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": logprobs}
 
     return rollout
 

@@ -10,6 +10,7 @@ from workflow_scripts.configuration.model import Lora, Training
 from workflow_scripts.configuration.stages import TrainGrpo
 
 BEST = "eval_soft_pair_accuracy"  # the metric by which the best checkpoint is chosen
+DIFFERENCE = "sampling/sampling_logp_difference"  # TRL's name for |log-probability sampled - scored|
 
 
 class ProcessesError(RuntimeError):

@@ -7,14 +7,17 @@ import torch
 from transformers import TrainerCallback, TrainerControl
 from trl import GRPOTrainer
 
-from workflow_scripts.training.settings import ProcessesError
+from workflow_scripts.training.settings import DIFFERENCE, ProcessesError
 
 # Class of the wrapped model in training; a single process trains the PeftModel itself.
 WRAPPERS = {None: "PeftModel", "ddp": "DistributedDataParallel", "fsdp": "FSDPModule", "deepspeed": "DeepSpeedEngine"}
 
 
 class ValidatingTrainer(GRPOTrainer):
-    """GRPOTrainer whose `evaluate` measures the order of images. TRL offers no hook for metrics."""
+    """GRPOTrainer whose `evaluate` measures the order of images, and which compares sampled with scored probabilities.
+
+    TRL offers no hook for metrics.
+    """
 
     control: TrainerControl
 
@@ -34,6 +37,30 @@ class ValidatingTrainer(GRPOTrainer):
         model.train(training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **options: Any) -> Any:
+        scored = super()._get_per_token_logps_and_entropies(*args, **options)
+        self._scored = scored[0].detach()
+        return scored
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        if "sampling_per_token_logps" in inputs and not self.use_vllm:
+            self._log_difference(inputs)
+        return loss
+
+    def _log_difference(self, inputs: dict[str, Any]) -> None:
+        """Log how far the log-probabilities at sampling are from TRL's, under the names that TRL uses for vLLM.
+
+        The pass of the loss is that of the policy that sampled, unless TRL scored the completions before (`old`).
+        """
+        scored = inputs.get("old_per_token_logps", self._scored)
+        difference = (scored - inputs["sampling_per_token_logps"]).abs() * inputs["completion_mask"]
+        sums = torch.stack([difference.sum(), inputs["completion_mask"].sum().float(), difference.max()])
+        total, count, largest = self.accelerator.gather(sums[None]).unbind(1)
+        metrics = self._metrics["train"]
+        metrics[f"{DIFFERENCE}/mean"].append((total.sum() / count.sum()).item())
+        metrics[f"{DIFFERENCE}/max"] = [max([*metrics[f"{DIFFERENCE}/max"], largest.max().item()])]
 
     # TRL gives colocated vLLM the processor's tokens, which have several per image, and vLLM expands the first of them
     # again. The policy would answer another question than it is trained on (huggingface/trl#6294, open with TRL 1.16).

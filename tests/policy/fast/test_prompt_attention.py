@@ -21,8 +21,8 @@ def states(generator: torch.Generator, *shape: int, along: torch.Tensor, offset:
     return (torch.randn(*shape, WIDTH, generator=generator) + offset * along).bfloat16()
 
 
-def errors(offset: float, seed: int) -> tuple[float, float]:
-    """Relative error of attention to shared prompts and of SDPA, against float64."""
+def errors(offset: float, seed: int, autocast: bool) -> tuple[float, float]:
+    """Relative error of attention to shared prompts, perhaps under autocast, and of SDPA, against float64."""
     generator = torch.Generator().manual_seed(seed)
     along = torch.nn.functional.normalize(torch.randn(WIDTH, generator=generator), dim=0)
     rows = PROMPTS * ROLLOUTS
@@ -32,7 +32,8 @@ def errors(offset: float, seed: int) -> tuple[float, float]:
     cache = SimpleNamespace(layers=[SimpleNamespace(keys=keys[0], values=values[0])])
     prompts = PromptStates(cache, torch.ones(PROMPTS, 40), ROLLOUTS)
     module = SimpleNamespace(layer_idx=0)
-    found = attention(module, query, keys[1], values[1], None, prompts=prompts)[0].transpose(1, 2)
+    with torch.autocast("cpu", enabled=autocast):
+        found = attention(module, query, keys[1], values[1], None, prompts=prompts)[0].transpose(1, 2)
     assert found.dtype == torch.bfloat16
 
     whole = [
@@ -45,9 +46,10 @@ def errors(offset: float, seed: int) -> tuple[float, float]:
     return float(ours), float(theirs)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_large_keys_lose_no_more_than_in_sdpa(offset: float) -> None:
-    ours, theirs = torch.tensor([errors(offset, seed) for seed in range(DRAWS)]).mean(0)
+def test_large_keys_lose_no_more_than_in_sdpa(offset: float, autocast: bool) -> None:
+    ours, theirs = torch.tensor([errors(offset, seed, autocast) for seed in range(DRAWS)]).mean(0)
     assert 0 < ours <= LARGEST_RATIO * theirs
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, Qwen2_5_VLModel, Qwen2VLImageProcessor, Qwen2VLModel
 
-from workflow_scripts.policy.fast.output_head import TransposedLinear
+from workflow_scripts.policy.fast.output_head import Float32Logits, TransposedLinear
 from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE
 from workflow_scripts.policy.fast.shared_images import ImagesOnce
 from workflow_scripts.policy.fast.shared_prompts import PatchesByMatrix, SharedPrompts, from_first_label
@@ -45,6 +45,13 @@ def process_images_once(processor: ProcessorMixin) -> None:
     images: Any = processor.image_processor
     if isinstance(images, Qwen2VLImageProcessor):
         _mix_in(ImagesOnce, images)
+
+
+def return_float32_logits(model: PreTrainedModel) -> None:
+    """Let the output head of a model in a shorter type return float32 logits, where it is a plain linear layer."""
+    head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear and head.weight.dtype != torch.float32:
+        head.__class__ = Float32Logits
 
 
 def transpose_head(model: PreTrainedModel) -> None:

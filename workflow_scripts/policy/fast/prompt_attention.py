@@ -1,7 +1,8 @@
 """Attention of rollouts to the prompt that they share: its keys and values are read once for all of its rollouts.
 
 Scores, weights and weighted values are float32 whatever the type of the weights, and the result is rounded once, as in
-scaled dot-product attention (SDPA): Qwen2.5 has keys so large that scores in bfloat16 would lose the soft-max.
+scaled dot-product attention (SDPA): Qwen2.5 has keys so large that scores in bfloat16 would lose the soft-max. So would
+autocast, under which a training decodes: it is off here.
 Registered with AttentionInterface of transformers. Passes without `prompts` use SDPA.
 """
 
@@ -107,7 +108,8 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     rows, _, _, width = query.shape
     scaled = query.float() * (width**-0.5 if scaling is None else scaling)
-    attended = prompts.attend(module.layer_idx, scaled.view(rows, key.shape[1], -1, width), key, value)
+    with torch.autocast(query.device.type, enabled=False):
+        attended = prompts.attend(module.layer_idx, scaled.view(rows, key.shape[1], -1, width), key, value)
     return attended.reshape(rows, 1, -1, width).to(query.dtype), None
 
 

@@ -1,0 +1,91 @@
+"""What the trainer logs about its sampled tokens, in real steps of TRL."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from workflow_scripts.configuration.model import load
+from workflow_scripts.configuration.stages import TrainGrpo
+from workflow_scripts.policy.fast.enable import enable_faster_passes
+from workflow_scripts.policy.loading import load_model, load_processor
+from workflow_scripts.preferences.images import in_memory
+from workflow_scripts.rollouts.items import pointwise_items
+from workflow_scripts.training.generation import engine_completions
+from workflow_scripts.training.items import trl_dataset
+from workflow_scripts.training.sampling import as_in_training
+from workflow_scripts.training.settings import grpo_config, lora_config
+from workflow_scripts.training.trainer import ValidatingTrainer
+
+GROUP, TOKENS, STEPS = 4, 8, 2  # the bundled policy thinks for longer than that
+Output = dict[str, Any]
+
+
+@pytest.fixture
+def trained(base_manifest: Path, scenes: Any, tmp_path: Path) -> Callable[..., tuple[list[Output], Any]]:
+    """Return a function that trains with changed outputs of the generator, and returns the log and the adapter."""
+    images = {name: picture for _, pictures in scenes for name, picture in pictures.items()}
+    rows = [{"prompt_id": f"p{i}", "prompt": text, "image_ids": list(shown)} for i, (text, shown) in enumerate(scenes)]
+    items = [(item, 1 + i % 7) for i, item in enumerate(pointwise_items(rows, set(images)))]
+
+    def train(change: Callable[[Output], Output], dtype: str = "float32", **keys: Any) -> tuple[list[Output], Any]:
+        keys |= {"steps": STEPS, "group_size": GROUP, "prompts_per_step": 2, "warmup_steps": 0, "validate_every": STEPS}
+        keys = {"max_completion_tokens": TOKENS, "temperature": 2} | keys  # hot, so that completions differ
+        config = TrainGrpo.of(load({"policy": {"dtype": dtype}, "training": {"imagereward": keys}}), "imagereward", 0)
+        processor, model = load_processor(base_manifest, config.model), load_model(base_manifest, config.model)
+        enable_faster_passes(model, processor)
+        generate = engine_completions(config, processor, as_in_training(config.training.temperature, TOKENS))
+        settings = grpo_config(config, tmp_path / "checkpoints", resumed=True)
+        settings.reward_weights = None
+        dataset = trl_dataset(items, in_memory(images), config.model.template, 2)
+        trainer = ValidatingTrainer(
+            model=model,
+            processing_class=processor,
+            reward_funcs=[lambda completion_ids, **_: [float(sum(ids) % 5) for ids in completion_ids]],
+            args=settings,
+            train_dataset=dataset,
+            eval_dataset=dataset.select([0]),
+            peft_config=lora_config(config.training.lora),
+            rollout_func=lambda prompts, trainer: change(generate(prompts, trainer)),
+            validate=lambda model: {"eval_soft_pair_accuracy": 0.0},
+        )
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "reward" in entry]
+        return log, {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+    return train
+
+
+def differences(log: list[Output]) -> list[tuple[float, float]]:
+    """The logged mean and maximum of each step."""
+    return [tuple(step[f"sampling/sampling_logp_difference/{name}"] for name in ("mean", "max")) for step in log]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("keys", [{"gradient_accumulation": 2}, {"num_iterations": 2}])
+def test_sampled_and_scored_tokens_are_compared_without_changing_the_training(
+    trained: Callable[..., Any], keys: dict[str, Any]
+) -> None:
+    def shifted(output: Output) -> Output:
+        """Other by 0.25, and by 2 more in the third token of the last completion."""
+        logprobs = [[value + 0.25 for value in values] for values in output["logprobs"]]
+        logprobs[-1][2] += 2
+        return output | {"logprobs": logprobs}
+
+    log, adapter = trained(shifted, **keys)
+    assert all(step["completions/min_length"] == TOKENS for step in log)
+    for mean, largest in differences(log):
+        assert mean == pytest.approx(0.25 + 2 / (2 * GROUP * TOKENS), abs=1e-5)
+        assert largest == pytest.approx(2.25, abs=1e-4)
+    without, plain = trained(lambda output: output | {"logprobs": None}, **keys)
+    assert all("sampling" not in name for step in without for name in step)
+    assert [step["loss"] for step in log] == [step["loss"] for step in without]
+    assert any(weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
+    for name, weight in adapter.items():
+        assert torch.equal(weight, plain[name])
+
+
+def test_in_bfloat16_they_differ_by_rounding(trained: Callable[..., Any]) -> None:
+    log, _ = trained(lambda output: output, dtype="bfloat16")
+    assert all(1e-5 < mean < 0.02 for mean, _ in differences(log))
