@@ -18,6 +18,9 @@ PARAMS = (
 # Where the trainer's words are not the field's; the other curves only get their group.
 CURVES = {
     "eval_soft_pair_accuracy": "validation/accuracy",
+    "eval_soft_pair_accuracy_se": "validation/accuracy_se",
+    "eval_soft_pair_accuracy_gain": "validation/gain",
+    "eval_soft_pair_accuracy_gain_se": "validation/gain_se",
     "completions/mean_length": "train/completion_length",
     "completions/clipped_ratio": "train/completion_clipped_share",
     "frac_reward_zero_std": "train/share_of_groups_without_signal",
