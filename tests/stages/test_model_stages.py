@@ -38,11 +38,12 @@ from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS
 from workflow_scripts.preferences.schema import SUBSET, write_preferences
+from workflow_scripts.rollouts.decoding import sample_completions
 from workflow_scripts.scoring.image_scores import image_scores, rollout_scores
 from workflow_scripts.stages import train_grpo
 from workflow_scripts.stages.score_rollouts import SCORE
+from workflow_scripts.training import generation
 from workflow_scripts.training.checkpoints import last_complete_checkpoint
-from workflow_scripts.training.generation import engine_completions
 from workflow_scripts.training.validation import Validation
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -472,15 +473,10 @@ def test_a_training_that_resumes_in_a_later_pass_sees_the_same_items(
     config = TrainGrpo.of(load({"training": {"imagereward": small}}), "imagereward", 0)
     asked: set[bytes] = set()
 
-    def completions(*arguments: Any) -> Callable[..., Any]:
-        rollout = engine_completions(*arguments)
-
-        def recording(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-            parts = [part for prompt in prompts for message in prompt for part in message["content"]]
-            asked.update(part["image"].tobytes() for part in parts if part["type"] == "image")
-            return rollout(prompts, trainer)
-
-        return recording
+    def recording(model: Any, inputs: Any, *rest: Any) -> Any:
+        patches = inputs["image_grid_thw"].prod(dim=1).tolist()
+        asked.update(image.numpy().tobytes() for image in inputs["pixel_values"].split(patches))
+        return sample_completions(model, inputs, *rest)
 
     def train(folder: Path) -> dict[str, Any]:
         files = {name.split(".")[0]: folder / name for name in ("adapter.safetensors", "adapter_config.json")}
@@ -488,7 +484,7 @@ def test_a_training_that_resumes_in_a_later_pass_sees_the_same_items(
         return run_main("train_grpo", config, **training_inputs, **files)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_grpo, "engine_completions", completions)
+        patch.setattr(generation, "sample_completions", recording)
         train(tmp_path / "undisturbed")
     record = json.loads((tmp_path / "undisturbed" / "training.json").read_text())
     items = len({name for row in pq.read_table(training_inputs["train"])["image_ids"].to_pylist() for name in row})

@@ -151,8 +151,11 @@ class Measured:
             "notes": "; ".join(notes),
         }
 
-    def trained_on(self, track: str, seeds: list[int]) -> dict[str, float]:
-        """Columns that say how much a policy was trained on, means over its seeds."""
+    def trained_on(self, policy: Key, seeds: list[int]) -> dict[str, float | None]:
+        """Columns that say how much a policy was trained on, means over its seeds; empty for a zero-shot policy."""
+        track, name, _ = policy
+        if name != "grpo":
+            return dict.fromkeys(TRAINED_ON)
         records = [self.trainings[track, seed] for seed in seeds]
         means = {name: float(np.mean([record[name] for record in records])) for name in TRAINED_ON}
         return {name: round(mean, 3) if name == "epochs" else round(mean) for name, mean in means.items()}
@@ -201,7 +204,7 @@ def table1(measured: Measured) -> pd.DataFrame:
                     row[f"mean@{k}_paper"] = PAPER_TABLE1.get((track, k)) if own_labels else None
                 if last > first:
                     row |= columns(gains[name], "gain")
-                rows.append(row | measured.trained_on(track, seeds) | measured.context(policy, seeds, against))
+                rows.append(row | measured.trained_on(policy, seeds) | measured.context(policy, seeds, against))
     return pd.DataFrame(rows)
 
 

@@ -116,7 +116,6 @@ def main() -> None:
             callbacks=[curves],
             rollout_func=engine_completions(config, processor, sampling) if engine_generates(config) else None,
             validate=Validation(config, policy, validation, validation_items, sampling, settings.process_index),
-            resumed_from=step_of(checkpoint) if checkpoint else 0,
         )
         trainer.add_callback(CheckWrapper(trainer, strategy_of(config)))
         if checkpoint and (state := TrainerState.load_from_json(str(checkpoint / STATE))).global_step >= steps:

@@ -1,12 +1,14 @@
 """TRL's GRPO trainer with a validation of its own, and the callbacks of a training."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl
 from trl import GRPOTrainer
 
+from workflow_scripts.training.checkpoints import step_of
 from workflow_scripts.training.settings import ProcessesError
 from workflow_scripts.training.validation import Credit
 
@@ -21,23 +23,26 @@ class ValidatingTrainer(GRPOTrainer):
 
     control: TrainerControl
 
+    resumed_from = 0
+    """Step of the checkpoint from which the training goes on."""
+
     def __init__(
-        self,
-        *,
-        validate: Callable[[Any, Credit | None], tuple[dict[str, float], Credit]],
-        resumed_from: int = 0,
-        **options: Any,
+        self, *, validate: Callable[[Any, Credit | None], tuple[dict[str, float], Credit]], **options: Any
     ) -> None:
         """Make the trainer.
 
         Args:
             validate: returns the metrics of a model and the credit of the prompts, given that of the untrained policy.
-            resumed_from: step of the checkpoint from which the training goes on; 0 without one.
             options: those of `GRPOTrainer`.
         """
         super().__init__(**options)
         self.validate = validate
-        self.resumed_from = resumed_from
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """Train, from a checkpoint on if one is named."""
+        if resume_from_checkpoint:
+            self.resumed_from = step_of(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **options)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate the current adapter, and leave the random state of the training as it was."""
