@@ -109,7 +109,7 @@ def test_values_out_of_bounds_are_refused_by_name(path: tuple[str, ...], outside
 
 def test_numbers_have_bounds() -> None:
     bounded = {path for path, _ in BOUNDS}
-    numbers = {path for path, _, value in KEYS if isinstance(value, int | float) and not isinstance(value, bool)}
+    numbers = {path for path, field, _ in KEYS if field.annotation in (int, float, int | None, float | None)}
     assert numbers == bounded
 
 
@@ -165,6 +165,11 @@ def test_no_number_stays_text() -> None:
             {"training": {"hpsv2": {"gradient_accumulation": 3}}},
             r"gradient_accumulation must divide prompts_per_step \* group_size",
         ),
+        (
+            {"training": {"hpsv2": {"steps": 80, "epochs": 2}}},
+            r"training\.hpsv2: steps \(80\) and epochs \(2\) exclude each other; set one of them to null",
+        ),
+        ({"training": {"own": {"steps": None}}}, "training.own: steps and epochs are both null; set one of them"),
         ({"training": {"hpsv2": {"rewards": {"approximate": 1}}}}, "rewards.approximate: unknown key"),
         ({"training": 3}, "training: 3 is not allowed"),
         (
@@ -275,6 +280,32 @@ def test_overlays_are_valid_and_have_folders_of_their_own(path: Path) -> None:
     raw = overlay_of(path)
     jsonschema.validate(raw, json.loads((ROOT / "config.schema.json").read_text()))
     assert load(overlaid(yaml.safe_load((ROOT / "config.yaml").read_text()), raw)).results != Configuration().results
+
+
+@pytest.mark.parametrize(
+    ("below", "over", "steps", "epochs"),
+    [
+        ({}, {}, 80, None),
+        ({}, {"epochs": 2}, None, 2),
+        ({}, {"epochs": "0.5"}, None, 0.5),
+        ({}, {"steps": 5}, 5, None),
+        ({"steps": 5}, {"steps": None, "epochs": 2}, None, 2),
+        ({"epochs": 2}, {"steps": 80, "epochs": None}, 80, None),
+    ],
+    ids=str,
+)
+def test_epochs_take_the_place_of_steps(
+    below: dict[str, Any], over: dict[str, Any], steps: int | None, epochs: float | None
+) -> None:
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    for overlay in (below, over):
+        raw = overlaid(raw, {"training": {"hpsv2": overlay}})
+    c = load(raw)
+    assert (c.training.hpsv2.steps, c.training.hpsv2.epochs) == (steps, epochs)
+    # `epochs` are in the stage's configuration only where they are given, so that older results do not rerun.
+    training = json.loads(stages.TrainGrpo.of(c, "hpsv2", 0).canonical())["training"]
+    assert training["steps"] == steps and training.get("epochs") == epochs
+    assert ("epochs" in training) == (epochs is not None)
 
 
 def test_the_schema_catches_a_typo_in_an_editor() -> None:
@@ -449,7 +480,7 @@ def test_a_misspelt_key_on_the_command_line_stops_before_any_job(tmp_path: Path)
 
 
 def test_a_nested_key_on_the_command_line_reaches_the_job(tmp_path: Path) -> None:
-    overrides = "training={imagereward: {learning_rate: 1e-5, lora: {rank: 4}}}"
+    overrides = "training={imagereward: {learning_rate: 1e-5, epochs: 0.5, lora: {rank: 4}}}"
     done = dry_run(
         tmp_path, "--config", overrides, "--", "results/policies/imagereward/seed0/adapter_model.safetensors"
     )
@@ -458,10 +489,10 @@ def test_a_nested_key_on_the_command_line_reaches_the_job(tmp_path: Path) -> Non
         line for line in (done.stdout + done.stderr).splitlines() if "workflow_scripts.stages.train_grpo" in line
     ]
     config = json.loads(command.split("--config '")[1].split("' --code_digest")[0])
-    expected = load({"training": {"imagereward": {"learning_rate": 1e-5, "lora": {"rank": 4}}}})
+    expected = load({"training": {"imagereward": {"learning_rate": 1e-5, "epochs": 0.5, "lora": {"rank": 4}}}})
     assert config == json.loads(stages.TrainGrpo.of(expected, "imagereward", 0).canonical())
     assert config["training"]["learning_rate"] == 1e-5
-    assert config["training"]["steps"] == load({}).training.imagereward.steps
+    assert (config["training"]["steps"], config["training"]["epochs"]) == (None, 0.5)
     assert not (tmp_path / "results").exists()
 
 

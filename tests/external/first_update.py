@@ -91,7 +91,7 @@ def main() -> None:
         peft_config=lora_config(config.training.lora),
         rollout_func=chosen,
         callbacks=[gradients := Gradients()],
-        validate=lambda model: {"eval_soft_pair_accuracy": 0.0},
+        validate=lambda model, untrained: ({"eval_soft_pair_accuracy": 0.0}, []),
     )
     trainer.add_callback(CheckWrapper(trainer, strategy if processes > 1 else None))
     before = adapter(base)

@@ -1,6 +1,7 @@
 """The command: what fits, what it says otherwise, and what it takes from the published facts."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from workflow_scripts.planning.report import as_json, report
 from workflow_scripts.planning.workload import published_totals
 
 PAPER, PAPER_3B = ROOT / "configs/paper.yaml", ROOT / "configs/paper-3b.yaml"
+PAPER_LONG = ROOT / "configs/paper-long.yaml"
 
 
 def configured(files: list[Path], settings: list[str]) -> Configuration:
@@ -183,6 +185,19 @@ def test_the_24_gb_configuration_differs_in_nothing_but_what_it_says() -> None:
     for track in ("imagereward", "hpsv2"):
         items = [c[f"training.{track}.steps"] * c[f"training.{track}.prompts_per_step"] for c in (large, small)]
         assert items[0] == items[1] == 8000
+
+
+def test_epochs_cost_the_steps_that_they_take() -> None:
+    short = planned(PAPER, "h100-80gb")
+    long = plan(configured([PAPER, PAPER_LONG], []), short.gpu, short.assumed)
+    for few, many in zip(short.stages[:2], long.stages[:2], strict=True):
+        steps = math.ceil(2 * many.asked.items / 16)
+        assert many.name.startswith("train_grpo") and many.rollouts == steps * 16 * 8
+        for part in ("generation", "reference", "update"):
+            assert many.costs[part].seconds == pytest.approx(few.costs[part].seconds * steps / 500)
+        # At the beginning, every 500 or 100 steps, and at the end.
+        validations = 1 + math.ceil(steps / 500)
+        assert many.costs["validation"].seconds == pytest.approx(few.costs["validation"].seconds * validations / 6)
 
 
 @pytest.mark.parametrize("path", [PAPER, PAPER_3B])

@@ -62,7 +62,9 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     means = {f"mean@{k}{end}": 60.0 + k for k in (1, 3) for end in ("", "_se", "_low", "_high")}
     end = {"ceiling": 74.0, "n_pairs": 9, "n_prompts": 3, "protocol": "micro", "model": ATTACK, "rollouts": 3}
     end |= {"data_source": "synthetic", "forced_percent": 0.0, "missing_answer_percent": 0.0}
-    pd.DataFrame([head | means | {"mean@1_paper": 64.7, "mean@3_paper": 64.9} | end]).to_csv(folder / "table1.csv")
+    seen = {"items_available": 4123, "items_seen": 3200, "epochs": 0.776}
+    one = head | means | seen | {"mean@1_paper": 64.7, "mean@3_paper": 64.9} | end
+    pd.DataFrame([one]).to_csv(folder / "table1.csv")
     two = [{"method": "Single human", "against": "labels", "mean@1": 64.8, "paper": 65.1}]
     two += [{"method": "Zero-shot reasoning", "against": "labels", "seed": 0, "paper": 51.0} | means | end]
     pd.DataFrame(two).to_csv(folder / "table2.csv")
@@ -117,6 +119,14 @@ class Elements(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_table1_says_what_was_trained_on(filled: dict[str, Any]) -> None:
+    one, two = filled["tables"]
+    row = dict(zip(one["columns"], one["rows"][0], strict=True))
+    assert (row["items available"], row["items seen"], row["epochs"]) == ("4123", "3200", "0.78")
+    assert "epochs count every item drawn" in one["caption"]
+    assert "epochs" not in two["columns"] and "epochs" not in two["caption"]
 
 
 def test_hostile_text_is_text(page: Path) -> None:

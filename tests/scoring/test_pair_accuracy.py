@@ -3,13 +3,23 @@
 import math
 from fractions import Fraction
 from random import Random
+from statistics import stdev
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workflow_scripts.scoring.pair_accuracy import credit, expected_answer, pair_accuracy, pair_outcomes, strict_pairs
+from workflow_scripts.scoring.pair_accuracy import (
+    TieRule,
+    credit,
+    expected_answer,
+    pair_accuracy,
+    pair_credit,
+    pair_outcomes,
+    strict_pairs,
+)
 
 RATINGS = np.arange(1, 8)
 
@@ -23,6 +33,11 @@ def ranked_prompts(draw: st.DrawFn) -> tuple[list[np.ndarray], list[list[int]]]:
     scores = [np.array(draw(st.lists(st.integers(-3, 3), min_size=n, max_size=n)), dtype=float) for n in sizes]
     ranks = [draw(st.lists(st.integers(1, 4), min_size=n, max_size=n)) for n in sizes]
     return [*scores, np.array([1.0, 0.0])], [*ranks, [1, 2]]
+
+
+def accuracy_of(scores: list[Any], ranks: list[Any], tie: TieRule = "wrong") -> float:
+    """Accuracy of these scores."""
+    return pair_accuracy(*pair_credit(scores, ranks, tie))[0]
 
 
 def imagereward_acc(scores_by_prompt: list[np.ndarray], ranks_by_prompt: list[list[int]]) -> float:
@@ -107,30 +122,62 @@ def test_credit_of_a_right_a_tied_a_wrong_and_a_missing_pair(tie: str, missing: 
 @settings(deadline=None)
 @given(ranked_prompts())
 def test_pair_accuracy_is_imagereward_acc(prompts: tuple[list[np.ndarray], list[list[int]]]) -> None:
-    assert pair_accuracy(*prompts) == imagereward_acc(*prompts)
+    assert accuracy_of(*prompts) == imagereward_acc(*prompts)
 
 
 @settings(deadline=None)
 @given(ranked_prompts(), st.randoms(use_true_random=False))
 def test_pair_accuracy_is_invariant(prompts: tuple[list[np.ndarray], list[list[int]]], random: Random) -> None:
     scores, ranks = prompts
-    accuracy = pair_accuracy(scores, ranks)
-    assert pair_accuracy([np.exp(s) + s**3 for s in scores], ranks) == accuracy  # monotone transformation
+    accuracy = accuracy_of(scores, ranks)
+    assert accuracy_of([np.exp(s) + s**3 for s in scores], ranks) == accuracy  # monotone transformation
     orders = [random.sample(range(len(r)), len(r)) for r in ranks]
     shuffled_scores = [s[order] for s, order in zip(scores, orders, strict=True)]
     shuffled_ranks = [[r[i] for i in order] for r, order in zip(ranks, orders, strict=True)]
-    assert pair_accuracy(shuffled_scores, shuffled_ranks) == accuracy
+    assert accuracy_of(shuffled_scores, shuffled_ranks) == accuracy
 
 
 @settings(deadline=None)
 @given(ranked_prompts())
 def test_opposite_scores_have_the_complementary_accuracy(prompts: tuple[list[np.ndarray], list[list[int]]]) -> None:
     scores, ranks = prompts
-    opposite = pair_accuracy([-s for s in scores], ranks, tie="half")
-    assert opposite == pytest.approx(1 - pair_accuracy(scores, ranks, tie="half"), abs=1e-12)
+    opposite = accuracy_of([-s for s in scores], ranks, tie="half")
+    assert opposite == pytest.approx(1 - accuracy_of(scores, ranks, tie="half"), abs=1e-12)
 
 
 def test_pair_accuracy_counts_missing_scores_as_wrong_and_no_pair_as_nan() -> None:
-    assert pair_accuracy([[3.0, np.nan, 1.0]], [[1, 2, 3]]) == pytest.approx(1 / 3)
-    assert math.isnan(pair_accuracy([[1.0, 2.0]], [[1, 1]]))
-    assert math.isnan(pair_accuracy([[1.0, 1.0]], [[1, 2]], tie="dropped"))
+    assert accuracy_of([[3.0, np.nan, 1.0]], [[1, 2, 3]]) == pytest.approx(1 / 3)
+    assert math.isnan(accuracy_of([[1.0, 2.0]], [[1, 1]]))
+    assert math.isnan(accuracy_of([[1.0, 1.0]], [[1, 2]], tie="dropped"))
+
+
+def judged_prompts(prompts: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of each prompt, and how many of them two policies judge rightly; some prompts are easier than others."""
+    pairs = rng.integers(0, 20, prompts)
+    first, second = (rng.binomial(pairs, rng.beta(4, 2, prompts)) for _ in range(2))
+    return pairs.astype(float), first.astype(float), (second + first) / 2
+
+
+def test_the_error_of_an_accuracy_is_that_of_a_bootstrap_over_prompts() -> None:
+    rng = np.random.default_rng(0)
+    pairs, first, second = judged_prompts(300, rng)
+    drawn = rng.integers(0, 300, (4000, 300))
+    for correct in (first, second, second - first):
+        estimates = correct[drawn].sum(axis=1) / pairs[drawn].sum(axis=1)
+        accuracy, error = pair_accuracy(correct, pairs)
+        assert accuracy == correct.sum() / pairs.sum()
+        assert error == pytest.approx(estimates.std(ddof=1), rel=0.05)
+
+
+def test_the_error_with_as_many_pairs_of_each_prompt_is_that_of_a_mean() -> None:
+    correct = np.array([3.0, 1.0, 4.0, 0.0, 4.0])
+    expected = stdev(correct / 4) / math.sqrt(5)
+    assert pair_accuracy(correct, np.full(5, 4.0)) == pytest.approx((0.6, expected))
+    # Prompts without a pair say nothing.
+    padded = pair_accuracy(np.append(correct, 0.0), np.append(np.full(5, 4.0), 0.0))
+    assert padded == pytest.approx((0.6, expected))
+
+
+def test_one_prompt_has_no_error() -> None:
+    accuracy, error = pair_accuracy(np.array([1.0, 0.0]), np.array([2.0, 0.0]))
+    assert accuracy == 0.5 and math.isnan(error)

@@ -311,6 +311,15 @@ def test_training_without_a_question_is_refused(
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_a_step_of_more_items_than_there_are_is_refused(
+    base_manifest: Path, run_main: Any, with_sidecar: Any, tmp_path: Path
+) -> None:
+    train, validation = (odd_inputs(tmp_path, base_manifest, with_sidecar, split) for split in ("train", "validation"))
+    config = TrainGrpo.of(Configuration(), "imagereward", 0)
+    with pytest.raises(SchemaError, match="there are 19 training items; lower prompts_per_step, 32, to at most that"):
+        run_main("train_grpo", config, **training_files(train, validation, tmp_path))
+
+
 @pytest.mark.parametrize("track", ["imagereward", "hpsv2"])
 @pytest.mark.parametrize("shard", [0, 1], ids=["too long", "beyond the end"])
 def test_a_test_set_without_a_question_is_refused(

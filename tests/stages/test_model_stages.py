@@ -38,10 +38,13 @@ from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS
 from workflow_scripts.preferences.schema import SUBSET, write_preferences
+from workflow_scripts.rollouts.decoding import sample_completions
 from workflow_scripts.scoring.image_scores import image_scores, rollout_scores
 from workflow_scripts.stages import train_grpo
 from workflow_scripts.stages.score_rollouts import SCORE
+from workflow_scripts.training import generation
 from workflow_scripts.training.checkpoints import last_complete_checkpoint
+from workflow_scripts.training.validation import Validation
 
 # -------------------------------------------------------------------------------------------------------------- scores
 
@@ -338,7 +341,8 @@ def tables(run_main: Any, with_sidecar: Any, tmp_path: Path) -> dict[str, Any]:
     write_json(base, {"repository": None, "path": "models/tiny-qwen2.5-vl"})
     adapter.write_bytes(b"weights")
     with_sidecar(base)
-    write_json(tmp_path / "training.json", {"warnings": ["the policy has collapsed"]})
+    seen = {"items_available": 900, "items_seen": 896, "epochs": 1.23456}
+    write_json(tmp_path / "training.json", seen | {"warnings": ["the policy has collapsed"]})
     with_sidecar(adapter, config={"track": "imagereward", "seed": 0})
     outputs = {name: tmp_path / f"{name}.csv" for name in ("table1", "table2", "comparisons", "sensitivity")}
     run_main(
@@ -362,6 +366,7 @@ def test_table1_by_hand(tables: dict[str, Any]) -> None:
     assert labels["mean@1_paper"] == 64.7
     assert (labels["n_prompts"], labels["n_pairs"], labels["rollouts"]) == (2, 5, 2)
     assert (labels["ceiling"], free["ceiling"]) == (60.0, 100.0)
+    assert (labels["items_available"], labels["items_seen"], labels["epochs"]) == (900, 896, 1.235)
     assert (labels["data_source"], labels["model"]) == ("synthetic", "tiny-qwen2.5-vl")
     assert labels["notes"] == "the policy has collapsed"
     # The labels' order of p1 is wrong in 2 of its 3 noise-free pairs and ties in the other.
@@ -459,6 +464,56 @@ def test_a_training_killed_after_its_last_checkpoint_does_no_step_more(
     assert json.loads((tmp_path / "killed" / "training.json").read_text())["warnings"] == sidecar["warnings"]
     for name in ("adapter.safetensors", "adapter_config.json", "training.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+def test_a_training_that_resumes_in_a_later_pass_sees_the_same_items(
+    run_main: Any, training_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"epochs": 1.5, "prompts_per_step": 10, "group_size": 2, "validate_every": 1, "warmup_steps": 0}
+    config = TrainGrpo.of(load({"training": {"imagereward": small}}), "imagereward", 0)
+    asked: set[bytes] = set()
+
+    def recording(model: Any, inputs: Any, *rest: Any) -> Any:
+        patches = inputs["image_grid_thw"].prod(dim=1).tolist()
+        asked.update(image.numpy().tobytes() for image in inputs["pixel_values"].split(patches))
+        return sample_completions(model, inputs, *rest)
+
+    def train(folder: Path) -> dict[str, Any]:
+        files = {name.split(".")[0]: folder / name for name in ("adapter.safetensors", "adapter_config.json")}
+        files |= {"record": folder / "training.json", "checkpoints": folder / "checkpoints"}
+        return run_main("train_grpo", config, **training_inputs, **files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "sample_completions", recording)
+        train(tmp_path / "undisturbed")
+    record = json.loads((tmp_path / "undisturbed" / "training.json").read_text())
+    items = len({name for row in pq.read_table(training_inputs["train"])["image_ids"].to_pylist() for name in row})
+    steps = math.ceil(1.5 * items / 10)
+    a_pass = items // 10
+    assert a_pass < steps - 1  # or it would resume in the first
+    assert record["history"][-1]["step"] == record["steps"] == steps
+    assert record["epochs"] == steps * 10 / items > 1.5 and record["items_available"] == items
+    assert record["items_seen"] == len(asked) > a_pass * 10
+
+    def killed_late(self: Validation, model: Any, untrained: Any) -> Any:
+        called.append(untrained)
+        if len(called) == steps + 1:
+            raise RuntimeError("killed")
+        return validate(self, model, untrained)
+
+    validate, called = Validation.__call__, list[Any]()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Validation, "__call__", killed_late)
+        train(tmp_path / "killed")
+    sidecar = train(tmp_path / "killed")
+    assert sidecar["metrics"]["resumed_from_step"] == steps - 1
+    # Beside the items, the comparison with the untrained policy has survived.
+    for name in ("adapter.safetensors", "training.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+    validated = {entry["step"]: entry for entry in record["history"] if "eval_soft_pair_accuracy" in entry}
+    gains = {step: entry.get("eval_soft_pair_accuracy_gain") for step, entry in validated.items()}
+    accuracies = {step: entry["eval_soft_pair_accuracy"] for step, entry in validated.items()}
+    assert gains == {0: None} | {n: pytest.approx(accuracies[n] - accuracies[0]) for n in range(1, steps + 1)}
 
 
 def start_training(inputs: dict[str, Path], folder: Path) -> subprocess.Popen[str]:

@@ -7,7 +7,9 @@ import pytest
 
 from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.configuration.stages import TrainGrpo
-from workflow_scripts.training.record import training_record
+from workflow_scripts.training.epochs import optimizer_steps
+from workflow_scripts.training.record import trained_on, training_record
+from workflow_scripts.training.trainer import CREDIT
 
 CONFIG = TrainGrpo.of(Configuration(), "hpsv2", 3)
 
@@ -16,9 +18,9 @@ def history(best: float, largest_share: float, *differences: float) -> list[dict
     """Log of a trainer that validates before and after one step, and of steps with these differences of sampling."""
     accuracy, share = "eval_soft_pair_accuracy", "eval_largest_answer_share"
     return [
-        {"step": 0, accuracy: 0.5, share: 0.6},
+        {"step": 0, accuracy: 0.5, share: 0.6, CREDIT: [[1.0, 2.0], [1.0, 2.0]]},
         {"step": 1, "reward": 1.0, "step_time": 2.0},
-        {"step": 1, accuracy: best, share: largest_share},
+        {"step": 1, accuracy: best, share: largest_share, CREDIT: [[2.0, 2.0], [0.0, 2.0]]},
         *({"step": 1, "sampling/sampling_logp_difference/mean": value} for value in differences),
         {"step": 1, "train_loss": 0.1, "train_runtime": 9.0},
     ]
@@ -38,11 +40,42 @@ def test_a_training_that_failed_says_so(best: float, share: float, expected: lis
     assert warnings == [f"hpsv2, seed 3: {text}" for text in expected]
     assert record["collapsed"] == (share > 0.9)
     assert (record["best_soft_pair_accuracy"], record["untrained_soft_pair_accuracy"]) == (best, 0.5)
+    assert record["selection_se"] == 0.5  # half of the pairs of one prompt more, half of the other's fewer
 
 
-def test_the_record_has_no_times() -> None:
+def test_the_history_has_no_times_and_no_credits() -> None:
     record = training_record(CONFIG, history(0.6, 0.5), 1, list[str]().append)
     assert record["history"][1] == {"step": 1, "reward": 1.0} and len(record["history"]) == 3
+    assert all(isinstance(value, int | float) for entry in record["history"] for value in entry.values())
+
+
+def test_a_validation_with_one_prompt_leaves_the_error_of_the_selection_open() -> None:
+    log = [entry | {CREDIT: [[1.0, 2.0]]} if CREDIT in entry else entry for entry in history(0.6, 0.5)]
+    assert training_record(CONFIG, log, 1, list[str]().append)["selection_se"] is None
+
+
+@pytest.mark.parametrize(
+    ("training", "items", "steps", "seen", "epochs"),
+    [
+        ({"steps": 3, "prompts_per_step": 4}, 13, 3, 12, 12 / 13),
+        # Of each pass of 13 items, 12 are drawn; which one is left out changes.
+        ({"steps": 4, "prompts_per_step": 4}, 13, 4, None, 16 / 13),
+        ({"epochs": 0.5, "prompts_per_step": 4}, 13, 2, 8, 8 / 13),
+        ({"epochs": 1, "prompts_per_step": 4}, 12, 3, 12, 1),
+        ({"epochs": 2, "prompts_per_step": 4}, 13, 7, None, 28 / 13),
+        ({"epochs": 2, "prompts_per_step": 4, "num_iterations": 2}, 13, 14, None, 28 / 13),
+        ({"epochs": 3, "prompts_per_step": 4, "num_iterations": 4}, 12, 36, 12, 3),
+        ({"steps": 5, "prompts_per_step": 4, "num_iterations": 4}, 13, 5, 8, 8 / 13),
+    ],
+)
+def test_steps_items_and_epochs(
+    training: dict[str, Any], items: int, steps: int, seen: int | None, epochs: float
+) -> None:
+    t = load({"training": {"hpsv2": training}}).training.hpsv2
+    assert optimizer_steps(t, items) == steps
+    found = trained_on(t, steps, items, 3)
+    assert found["items_seen"] == seen or (seen is None and 12 <= found["items_seen"] <= 13)
+    assert (found["steps"], found["items_available"], found["epochs"]) == (steps, items, epochs)
 
 
 @pytest.mark.parametrize(

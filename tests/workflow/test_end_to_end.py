@@ -248,6 +248,9 @@ def test_training_curves_and_reasoning_traces_are_tracked(jobs: list[dict[str, A
                 "train/kl": [1, 2, 3, 4],
                 "train/completion_length": [1, 2, 3, 4],
                 "validation/accuracy": [0, 2, 4],
+                "validation/accuracy_se": [0, 2, 4],
+                "validation/gain": [2, 4],
+                "validation/gain_se": [2, 4],
                 "validation/answer_share/1": [0, 2, 4],
             }.items():
                 assert [point.step for point in client.get_metric_history(run_id, name)] == steps

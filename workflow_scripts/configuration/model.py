@@ -347,8 +347,10 @@ class TrainingVllm(Section):
 class Training(Section):
     """GRPO with LoRA (paper §2.2); docs/method.md says which key is which symbol of the paper."""
 
-    steps: int = Field(ge=1)
-    """Optimizer steps."""
+    steps: int | None = Field(100, ge=1)
+    """Optimizer steps; null, or left out, where `epochs` are given."""
+    epochs: float | None = Field(None, gt=0, exclude_if=lambda epochs: epochs is None)
+    """Passes over the training items, in place of `steps`; rounded up to whole steps."""
     prompts_per_step: int = Field(32, ge=1)
     """Training items (states s) in one step. With many items and few completions each, the tiny policy learns
     steadily."""
@@ -398,6 +400,18 @@ class Training(Section):
     collapse_share: float = Field(0.9, gt=0, le=1)
     """A policy that gives one answer in more than this share of its rollouts is reported as collapsed."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        steps, epochs = given.get("steps"), given.get("epochs")
+        if epochs is None and "steps" in given and steps is None:
+            raise ValueError("steps and epochs are both null; set one of them")
+        if epochs is not None and steps is not None:
+            raise ValueError(f"steps ({steps}) and epochs ({epochs}) exclude each other; set one of them to null")
+        return given if epochs is None else {**given, "steps": None}
+
     @model_validator(mode="after")
     def _cycles(self) -> "Training":
         if self.validate_every % self.num_iterations:
@@ -410,16 +424,14 @@ class Training(Section):
 class PointwiseTraining(Training):
     """Training on ratings of single images (ImageReward)."""
 
-    steps: int = Field(100, ge=1)
-    """Optimizer steps."""
     rewards: PointwiseRewards = PointwiseRewards()
 
 
 class PairwiseTraining(Training):
     """Training on pairs of images (HPSv2)."""
 
-    steps: int = Field(80, ge=1)
-    """Optimizer steps."""
+    steps: int | None = Field(80, ge=1)
+    """Optimizer steps; null, or left out, where `epochs` are given."""
     rewards: PairwiseRewards = PairwiseRewards()
 
 
@@ -812,6 +824,8 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not location:
         return message
+    if isinstance(error["input"], Mapping):
+        return f"{key}: {message}"
     near = []
     if error["type"] == "literal_error":
         choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")

@@ -8,7 +8,8 @@ PARAMS = (
     *("source", "hub.repository", "hub.revision", "bundled", "world.train_prompts", "world.test_prompts"),
     *("fraction", "by", "prompts", "drop_overlap"),
     *("protocol", "model.protocol", "model.max_pixels", "model.dtype"),
-    *("training.steps", "training.prompts_per_step", "training.group_size", "training.learning_rate", "training.beta"),
+    *("training.steps", "training.epochs", "training.prompts_per_step", "training.group_size"),
+    *("training.learning_rate", "training.beta"),
     *("training.temperature", "training.loss_type", "training.scale_rewards", "training.lora.rank"),
     *("training.rewards.format", "training.rewards.exact", "training.rewards.approximate"),
     *("engine", "rollouts", "both_orders", "sampling.temperature", "sampling.max_thinking_tokens"),
@@ -17,6 +18,9 @@ PARAMS = (
 # Where the trainer's words are not the field's; the other curves only get their group.
 CURVES = {
     "eval_soft_pair_accuracy": "validation/accuracy",
+    "eval_soft_pair_accuracy_se": "validation/accuracy_se",
+    "eval_soft_pair_accuracy_gain": "validation/gain",
+    "eval_soft_pair_accuracy_gain_se": "validation/gain_se",
     "completions/mean_length": "train/completion_length",
     "completions/clipped_ratio": "train/completion_clipped_share",
     "frac_reward_zero_std": "train/share_of_groups_without_signal",

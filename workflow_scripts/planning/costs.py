@@ -1,5 +1,6 @@
 """FLOPs and time of training and rollouts, from sizes and counts. docs/plan.md says what was measured."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -156,6 +157,7 @@ def training_costs(
     gpu: Gpu,
     assumed: Assumptions,
     t: Training,
+    steps: int,
     d: Distributed,
     train: Questions,
     validation: Questions,
@@ -210,18 +212,18 @@ def training_costs(
     reference = Cost(scoring, product_seconds(gpu, assumed, scoring))
     update = Cost(updating * completions, product_seconds(gpu, assumed, updating * completions))
 
-    validations = 1 + t.steps // t.validate_every
+    validations = 1 + math.ceil(steps / t.validate_every)  # the last one after the last step
     if d.strategy != "fsdp":
         of = d.processes
         validation = replace(validation, items=validation.items / of, tokens=validation.tokens / of)
     batch = t.prompts_per_step * t.group_size // 2
     beside = m.dtype != "float32" or d.strategy == "fsdp"  # validation merges the adapter, too
     validated = rollout_cost(m, gpu, assumed, validation, batch, t.validation_rollouts, length, adapted=beside)
-    batches = t.steps / t.num_iterations
+    batches = steps / t.num_iterations
     each = {
         "generation": generation.times(batches),
         "reference": reference.times(batches),
-        "update": update.times(t.steps),
+        "update": update.times(steps),
         "validation": validated.times(validations),
     }
     return {part: cost.times(d.processes) for part, cost in each.items()}

@@ -14,6 +14,7 @@ from workflow_scripts.planning.devices import FACTS, GIGABYTE, Assumptions, Gpu
 from workflow_scripts.planning.memory import Model, rollout_memory, training_memory
 from workflow_scripts.planning.tokens import read_policy
 from workflow_scripts.planning.workload import Questions, questions
+from workflow_scripts.training.epochs import optimizer_steps
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,11 @@ def training_stage(
     t: Training = getattr(c.training, track)
     length = completion_length(c, assumed, track, t.max_completion_tokens)
     whole = Length(t.max_completion_tokens, t.max_completion_tokens)
-    costs, highest = (training_costs(m, gpu, assumed, t, c.distributed, train, validation, n) for n in (length, whole))
-    completions = t.steps * t.prompts_per_step * t.group_size / t.num_iterations
+    steps = optimizer_steps(t, train.items)
+    costs, highest = (
+        training_costs(m, gpu, assumed, t, steps, c.distributed, train, validation, n) for n in (length, whole)
+    )
+    completions = steps * t.prompts_per_step * t.group_size / t.num_iterations
     return Stage(
         name=f"train_grpo {track}",
         jobs=len(c.seeds),

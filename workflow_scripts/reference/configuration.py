@@ -14,6 +14,9 @@ import yaml
 
 from workflow_scripts.configuration.model import Configuration, Section
 
+# Shown as a comment, so that an overlay can set the key that stands in its place without unsetting this one.
+REPLACEABLE = "steps"
+
 
 def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Every key that has a value of its own: dotted name, pydantic field, value."""
@@ -62,7 +65,8 @@ def render_yaml(section: Section, depth: int = 0, seen: set[tuple[type, str]] | 
             lines += textwrap.wrap(comment, 116, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
         plain = [v.model_dump() if isinstance(v, Section) else v for v in value] if isinstance(value, list) else value
         dumped = yaml.safe_dump(plain, default_flow_style=True, width=1000, allow_unicode=True)
-        lines.append(f"{indent}{name}: {dumped.removesuffix('...' + chr(10)).rstrip()}")
+        entry = f"{name}: {dumped.removesuffix('...' + chr(10)).rstrip()}"
+        lines.append(f"{indent}# {entry}" if name == REPLACEABLE else f"{indent}{entry}")
     return "\n".join(line for line in lines if line is not None)
 
 

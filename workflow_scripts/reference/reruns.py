@@ -22,7 +22,7 @@ import snakemake.cli
 import yaml
 
 from workflow_scripts.configuration.model import Configuration, ConfigurationError
-from workflow_scripts.configuration.overlays import read_configuration
+from workflow_scripts.configuration.overlays import merge, read_configuration
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.reference.configuration import leaves
 from workflow_scripts.running.code_digest import PACKAGE, module_closure
@@ -41,6 +41,7 @@ CHOSEN: dict[str, Any] = {
     "datasets.own.annotations": "pairs.jsonl",
     "ranking.images": "examples/prompts.csv",
     "policy.image_processor": {"do_normalize": False},
+    **{f"training.{track}.epochs": 1.0 for track in ("imagereward", "hpsv2", "own")},
 }
 # Configurations that between them use every rule.
 SOURCES: list[dict[str, Any]] = [
@@ -134,6 +135,12 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def changing(key: str, value: Any) -> dict[str, Any]:
+    """Overlay with another value of a key; `epochs` take the place of `steps`."""
+    steps = nested(key.replace(".epochs", ".steps"), None) if key.endswith(".epochs") else {}
+    return dict(merge(steps, nested(key, value)))
+
+
 def candidates(annotation: Any, value: Any) -> Iterator[Any]:
     """Values of the same type near the given one; some may be out of bounds."""
     if get_origin(annotation) is Literal:
@@ -157,7 +164,7 @@ def other_value(run: FinishedRun, key: str, annotation: Any, value: Any) -> Any:
     proposed = [CHOSEN[key]] if key in CHOSEN else list(candidates(annotation, value))
     for candidate in proposed:
         with contextlib.suppress(ConfigurationError):
-            if run.changed(nested(key, candidate)) != run.configuration:
+            if run.changed(changing(key, candidate)) != run.configuration:
                 return candidate
     if proposed == [value]:
         return None
@@ -170,7 +177,7 @@ def key_rows(run: FinishedRun) -> dict[str, tuple[str, list[str]]]:
     rows = {}
     for key, field, value in leaves(run.configuration):
         other = other_value(run, key, field.annotation, value)
-        jobs = [] if other is None else run.jobs(change=nested(key, other))
+        jobs = [] if other is None else run.jobs(change=changing(key, other))
         again = Counter(job.rule for job in jobs if job.reruns)
         new = Counter(job.rule for job in jobs if not job.reruns)
         if other is None:

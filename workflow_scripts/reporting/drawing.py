@@ -112,7 +112,10 @@ def chance(axis: Axes) -> None:
 
 
 def training_curves(frame: pd.DataFrame) -> Figure:
-    """Reward with its parts, KL, entropy, length and validation accuracy over the steps of each training."""
+    """Reward with its parts, KL, entropy, length and validation accuracy over the steps of each training.
+
+    The band of a validation is its standard error to both sides.
+    """
     figure, axes = panels(frame, 1.55, 1 + len(CURVES))
     for column, case, rows in by_case(frame):
         seeds = list(rows["seed"].unique())
@@ -129,14 +132,20 @@ def training_curves(frame: pd.DataFrame) -> Figure:
             colour, line = SEEDS[seeds.index(seed) % len(SEEDS)]
             for row, metric in enumerate(CURVES, 1):
                 values = own[own["metric"] == metric]
+                scale = 100 if metric.startswith("eval") else 1
+                mean, error = values["value"] * scale, values["se"].astype(float) * scale
                 axes[row, column].plot(
                     values["step"],
-                    values["value"] * (100 if metric.startswith("eval") else 1),
+                    mean,
                     color=colour,
                     linestyle=line,
                     marker="o" if metric.startswith("eval") else None,
                     label=f"seed {seed}",
                 )
+                if error.notna().any():
+                    axes[row, column].fill_between(
+                        values["step"], mean - error, mean + error, color=colour, alpha=0.2, linewidth=0
+                    )
         for row, name in enumerate(["reward", *CURVES.values()]):
             axes[row, column].set_ylabel(name.replace(" (", "\n("))
             axes[row, column].xaxis.get_major_locator().set_params(integer=True)

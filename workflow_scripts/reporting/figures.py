@@ -34,7 +34,7 @@ class Plot(NamedTuple):
 FIGURES = {
     "training_curves": Plot(
         "Training curves",
-        ["case", "track", "seed", "metric", "step", "value"],
+        ["case", "track", "seed", "metric", "step", "value", "se"],
         training.training_curves,
         drawing.training_curves,
     ),

@@ -23,6 +23,7 @@ from workflow_scripts.reporting.wording import (
     HEADS,
     METHODS,
     POLICIES,
+    TRAINED_ON,
     dataset_titles,
     number,
     table_titles,
@@ -54,10 +55,12 @@ def accuracy_table(frame: pd.DataFrame, name: str, title: str, ks: list[int]) ->
     heads = HEADS[name] + (["seed"] if frame["seed"].nunique() > 1 else [])
     papers = {f"mean@{k}_paper": f"paper, Mean@{k}" for k in ks} | {"paper": "paper"}
     papers = {name: text for name, text in papers.items() if name in frame and frame[name].notna().any()}
-    titles = [head.replace("_", " ") for head in heads]
+    amounts = [amount for amount in TRAINED_ON if amount in frame]
+    titles = [column.replace("_", " ") for column in heads + amounts]
     rows = [
         [
             *("" if pd.isna(row[head]) else str(row[head]) for head in heads),
+            *(number(row[amount], 2 if amount == "epochs" else 0) for amount in amounts),
             *(number(row[paper]) for paper in papers),
             *(with_interval(row, f"mean@{k}") for k in ks),
             number(row["ceiling"]),
@@ -67,7 +70,8 @@ def accuracy_table(frame: pd.DataFrame, name: str, title: str, ks: list[int]) ->
     ]
     return {
         "title": title,
-        "caption": "Accuracy in %, with its interval.",
+        "caption": "Accuracy in %, with its interval."
+        + (" Items are the images or pairs of the training set; epochs count every item drawn." if amounts else ""),
         "columns": [*titles, *papers.values(), *(f"Mean@{k}" for k in ks), "ceiling", "pairs"],
         "rows": rows,
         "heads": len(heads),

@@ -14,6 +14,7 @@ from workflow_scripts.reporting.wording import (
     HEADS,
     METHODS,
     POLICIES,
+    TRAINED_ON,
     dataset_titles,
     table_titles,
     track_titles,
@@ -58,7 +59,7 @@ class Measured:
     """Accuracies of all policies: the credit of every prompt under every rule."""
 
     def __init__(
-        self, paths: Iterable[Path], config: MakeTables, model: str, notes: dict[tuple[str, int], str]
+        self, paths: Iterable[Path], config: MakeTables, model: str, trainings: dict[tuple[str, int], dict[str, Any]]
     ) -> None:
         """Read the accuracy files and the per-prompt files beside them.
 
@@ -66,9 +67,9 @@ class Measured:
             paths: accuracy files of every policy, test set and seed.
             config: of the tables.
             model: name of the base policy.
-            notes: warnings of each training, by track and seed.
+            trainings: training records by track and seed.
         """
-        self.config, self.model, self.notes = config, model, notes
+        self.config, self.model, self.trainings = config, model, trainings
         self.records: dict[tuple[Key, int], dict[str, Any]] = {}
         self.credits: dict[tuple[Key, int], dict[Rule, Credit]] = {}
         for path in paths:
@@ -136,7 +137,7 @@ class Measured:
         track, name, test = policy
         records = [self.records[policy, seed] for seed in seeds]
         first = Case(policy, seeds[:1], "soft", self.config.report_k[0], against, self.protocol(test, against))
-        notes = [self.notes.get((track, seed)) for seed in seeds] if name == "grpo" else []
+        notes = [text for seed in seeds for text in self.trainings[track, seed]["warnings"]] if name == "grpo" else []
         return {
             "ceiling": self.ceiling(policy, seeds, against),
             "n_pairs": int(self.credit(first)[1].sum()),
@@ -147,8 +148,17 @@ class Measured:
             "rollouts": records[0]["rollouts"],
             "forced_percent": percent(float(np.mean([r["forced_share"] for r in records]))),
             "missing_answer_percent": percent(float(np.mean([r["missing_answer_share"] for r in records]))),
-            "notes": "; ".join(filter(None, notes)),
+            "notes": "; ".join(notes),
         }
+
+    def trained_on(self, policy: Key, seeds: list[int]) -> dict[str, float | None]:
+        """Columns that say how much a policy was trained on, means over its seeds; empty for a zero-shot policy."""
+        track, name, _ = policy
+        if name != "grpo":
+            return dict.fromkeys(TRAINED_ON)
+        records = [self.trainings[track, seed] for seed in seeds]
+        means = {name: float(np.mean([record[name] for record in records])) for name in TRAINED_ON}
+        return {name: round(mean, 3) if name == "epochs" else round(mean) for name, mean in means.items()}
 
 
 def percent(value: float | None, digits: int = 2) -> float | None:
@@ -202,7 +212,7 @@ def table1(measured: Measured) -> pd.DataFrame:
                     row[f"mean@{k}_paper"] = PAPER_TABLE1.get((track, k)) if own_labels else None
                 if last > first:
                     row |= columns(gains[name], "gain")
-                rows.append(row | measured.context(policy, seeds, against))
+                rows.append(row | measured.trained_on(policy, seeds) | measured.context(policy, seeds, against))
     return pd.DataFrame(rows)
 
 
@@ -342,7 +352,7 @@ def markdown(one: pd.DataFrame, two: pd.DataFrame, compared: pd.DataFrame, confi
     parts = [
         f"# Tables\n\n{say} Data source: {sources}. Protocols and settings of every row are in the CSV files.",
         f"## {titles['table1']}",
-        shown(one, [*HEADS["table1"], "seed", *papers, "ceiling", "notes"], means),
+        shown(one, [*HEADS["table1"], "seed", *TRAINED_ON, *papers, "ceiling", "notes"], means),
     ]
     if len(two):
         keys = [*HEADS["table2"], "seed", "paper", "ceiling", "notes"]

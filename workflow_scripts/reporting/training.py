@@ -12,10 +12,10 @@ from workflow_scripts.scoring.judged_prompts import JudgedPrompt
 
 
 def training_curves(policies: Policies) -> pd.DataFrame:
-    """Every drawn curve of every training, as recorded."""
+    """Every drawn curve of every training, as recorded, with the standard errors of the validations."""
     rows = [
         {"case": policies.head(track, "grpo", track)["case"], "track": track, "seed": seed}
-        | {"metric": metric, "step": entry["step"], "value": entry[metric]}
+        | {"metric": metric, "step": entry["step"], "value": entry[metric], "se": entry.get(f"{metric}_se")}
         for (track, seed), record in policies.trainings.items()
         for entry in record["history"]
         for metric in ("reward", *(f"rewards/{part}/mean" for part in PARTS), *CURVES)

@@ -12,6 +12,9 @@ TABLES = {
 # First columns of the tables, which say what a row is about.
 HEADS = {"table1": ["training_data", "test_data", "against"], "table2": ["method", "against"]}
 
+# Columns of table 1, as training records name them.
+TRAINED_ON = ["items_available", "items_seen", "epochs"]
+
 
 def table_titles(trained: bool) -> dict[str, str]:
     """Titles of the tables; where nothing is trained, table 1 has the zero-shot policy."""

@@ -1,4 +1,4 @@
-"""Soft reward of an answer and accuracy over preference pairs: the part of scoring that validation uses."""
+"""Soft reward of an answer and accuracy over preference pairs with its error: what validation uses of scoring."""
 
 import math
 from collections.abc import Sequence
@@ -82,12 +82,10 @@ def credit(outcomes: NDArray[np.float64], tie: TieRule, missing: MissingRule) ->
     return np.select(conditions, [1.0, TIE_CREDIT[tie], 0.0], default=MISSING_CREDIT[missing])
 
 
-def pair_accuracy(
+def pair_credit(
     scores_by_prompt: Sequence[ArrayLike], ranks_by_prompt: Sequence[ArrayLike], tie: TieRule = "wrong"
-) -> float:
-    """Accuracy over the strict pairs of all prompts together (micro average), the number watched during training.
-
-    With the default tie rule this is `acc()` of ImageReward's test.py. Pairs with a missing score count as wrong.
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Credit and number of counted strict pairs of each prompt. Pairs with a missing score count as wrong.
 
     Args:
         scores_by_prompt: for each prompt (N,) scores, higher is better, nan where there is none.
@@ -95,16 +93,41 @@ def pair_accuracy(
         tie: what tied scores count as.
 
     Returns:
-        Fraction in [0, 1]; nan if no pair counts.
+        (correct, pairs): two float64 arrays of length n_prompts; `pairs` is 0 where a prompt has no pair that counts.
 
     Raises:
-        ValueError: the two sequences differ in length, or there is no prompt.
+        ValueError: the two sequences differ in length.
     """
-    credits = np.concatenate(
-        [
-            credit(pair_outcomes(scores, *strict_pairs(ranks)), tie, missing="wrong")
-            for scores, ranks in zip(scores_by_prompt, ranks_by_prompt, strict=True)
-        ]
-    )
-    counted = credits[~np.isnan(credits)]
-    return float(counted.mean()) if counted.size else math.nan
+    credits = [
+        credit(pair_outcomes(scores, *strict_pairs(ranks)), tie, missing="wrong")
+        for scores, ranks in zip(scores_by_prompt, ranks_by_prompt, strict=True)
+    ]
+    correct = np.array([np.nansum(found) for found in credits])
+    pairs = np.array([np.count_nonzero(~np.isnan(found)) for found in credits], dtype=np.float64)
+    return correct, pairs
+
+
+def pair_accuracy(correct: NDArray[np.float64], pairs: NDArray[np.float64]) -> tuple[float, float]:
+    """Accuracy over the pairs of all prompts together (micro average) with its standard error over prompts.
+
+    With the tie rule "wrong" the accuracy is `acc()` of ImageReward's test.py. The pairs of one prompt are not
+    independent, so the error is that of a ratio of two means over prompts, linearised (Cochran, Sampling Techniques,
+    3rd edition, chapter 6). With the difference of two policies' credits as `correct`, both numbers are those of their
+    paired difference.
+
+    Args:
+        correct: (n_prompts,) credit of each prompt.
+        pairs: (n_prompts,) number of pairs counted in each prompt.
+
+    Returns:
+        (accuracy, standard error), fractions of 1; nan without a pair that counts, the error also with one prompt.
+    """
+    counted = pairs > 0
+    correct, pairs, prompts = correct[counted], pairs[counted], np.count_nonzero(counted)
+    if not prompts:
+        return math.nan, math.nan
+    accuracy = correct.sum() / pairs.sum()
+    if prompts == 1:
+        return float(accuracy), math.nan
+    variance = prompts / (prompts - 1) * np.square(correct - accuracy * pairs).sum()
+    return float(accuracy), float(np.sqrt(variance) / pairs.sum())

@@ -27,7 +27,7 @@ class Arguments(StageArguments):
     base: Input
     """Manifest of the base policy."""
     adapters: list[Input] = Field([])
-    """Adapters of the trained policies; their training records, which hold the warnings, stand beside them."""
+    """Adapters of the trained policies; their training records stand beside them."""
     table1: Output
     """Paper's Table 1."""
     table2: Output
@@ -48,14 +48,14 @@ def main() -> None:
     config = arguments.config
     with run_stage(arguments) as run:
         manifest = json.loads(arguments.base.read_text(encoding="utf-8"))
-        notes = {}
+        trainings = {}
         for path in arguments.adapters:
             trained = run.inputs[str(path)]["config"]
             record = json.loads(path.with_name("training.json").read_text(encoding="utf-8"))
-            notes[trained["track"], trained["seed"]] = "; ".join(record["warnings"])
+            trainings[trained["track"], trained["seed"]] = record
         parts = [manifest, *([manifest["adapter"]] if "adapter" in manifest else [])]
         model = " + ".join(part["repository"] or Path(part["path"]).name for part in parts)
-        measured = Measured(arguments.accuracies, config, model, notes)
+        measured = Measured(arguments.accuracies, config, model, trainings)
 
         one, two, compared = table1(measured), table2(measured), comparisons(measured)
         outputs = {

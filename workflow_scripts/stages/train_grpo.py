@@ -32,9 +32,10 @@ from workflow_scripts.preferences.schema import SchemaError
 from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
 from workflow_scripts.training.checkpoints import STATE, last_complete_checkpoint, step_of
+from workflow_scripts.training.epochs import optimizer_steps
 from workflow_scripts.training.generation import check_generation, engine_completions, engine_generates, served_folder
 from workflow_scripts.training.items import Split, trl_dataset
-from workflow_scripts.training.record import training_record
+from workflow_scripts.training.record import trained_on, training_record
 from workflow_scripts.training.rewards import trl_reward
 from workflow_scripts.training.sampling import as_in_training
 from workflow_scripts.training.settings import check_processes, grpo_config, lora_config, processes_of, strategy_of
@@ -60,7 +61,8 @@ class Arguments(StageArguments):
     adapter_config: Output
     """Its configuration."""
     record: Output
-    """Record of the training: curves, validations with their answer histograms, best step, collapse, warnings."""
+    """Record of the training: items seen, curves, validations with their errors and answer histograms, best step,
+    collapse, warnings."""
     checkpoints: Path
     """Folder of resume states."""
     config: TrainGrpo
@@ -98,6 +100,7 @@ def main() -> None:
         items = train.items(config, policy, sampling, warn)
         validation_items = validation.items(config, policy, sampling, warn)
         run.metrics({"training_items": len(items), "validation_items": len(validation_items)})
+        settings.max_steps = steps = optimizer_steps(t, len(items))
 
         enable_faster_passes(model, processor, sharing=t.share_prompts, decoding=engine_generates(config))
         dataset = trl_dataset(items, train.images, config.model.template, t.prompts_per_step)
@@ -115,7 +118,7 @@ def main() -> None:
             validate=Validation(config, policy, validation, validation_items, sampling, settings.process_index),
         )
         trainer.add_callback(CheckWrapper(trainer, strategy_of(config)))
-        if checkpoint and (state := TrainerState.load_from_json(str(checkpoint / STATE))).global_step >= t.steps:
+        if checkpoint and (state := TrainerState.load_from_json(str(checkpoint / STATE))).global_step >= steps:
             trainer.state = state  # `train` would do one step more, however many are done
             curves.on_train_begin(settings, state, trainer.control)
         else:
@@ -134,9 +137,11 @@ def main() -> None:
         adapter_config = json.loads((best / "adapter_config.json").read_text())
         adapter_config["base_model_name_or_path"] = json.loads(arguments.base.read_text())["path"]
         write_json(arguments.adapter_config, adapter_config)
+        seen = trained_on(t, steps, len(items), config.seed)
         record = training_record(config, trainer.state.log_history, step_of(best), warn)
-        write_json(arguments.record, record | {"warnings": warnings})
-        run.metrics({name: record[name] for name in ("best_step", "best_soft_pair_accuracy", "collapsed")})
+        write_json(arguments.record, record | seen | {"warnings": warnings})
+        said = ("best_step", "best_soft_pair_accuracy", "selection_se", "collapsed")
+        run.metrics(seen | {name: record[name] for name in said})
     shutil.rmtree(folder)
 
 

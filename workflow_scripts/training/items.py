@@ -101,7 +101,14 @@ def trl_dataset(items: list[tuple[Item, int]], images: Images, template: str, st
         images: their images.
         template: of the question.
         step_items: number of items in a step.
+
+    Raises:
+        SchemaError: there are fewer items than a step takes, so that TRL would not train.
     """
+    if len(items) < step_items:
+        raise SchemaError(
+            f"there are {len(items)} training items; lower prompts_per_step, {step_items}, to at most that"
+        )
     shown = lru_cache(maxsize=step_items * max(len(item.image_ids) for item, _ in items))(images.read)
 
     def columns(batch: dict[str, list[int]]) -> dict[str, list[Any]]:

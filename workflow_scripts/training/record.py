@@ -1,16 +1,42 @@
 """The record of a training: its curves, its best step, and whether the policy collapsed."""
 
+import math
 from collections.abc import Callable
+from itertools import chain, islice, repeat
 from statistics import fmean
 from typing import Any
 
+from trl.trainer.utils import RepeatSampler
+
+from workflow_scripts.configuration.model import Training
 from workflow_scripts.configuration.stages import TrainGrpo
 from workflow_scripts.training.settings import BEST, DIFFERENCE
+from workflow_scripts.training.trainer import CREDIT
+from workflow_scripts.training.validation import paired_difference
 
 # Mean |log-probability sampled - scored| that rounding explains. With 28 random layers, far less certain of a token
 # than a trained policy (2.8 nats of entropy), it was 0.042 in bfloat16 and 7e-6 in float32; float16 rounds to an
 # eighth. Attention scores around 80, rounded to bfloat16 before the soft-max, made it 0.13.
 EXPLAINED = {"float32": 1e-4, "float16": 0.006, "bfloat16": 0.05}
+
+
+def trained_on(t: Training, steps: int, items: int, seed: int) -> dict[str, float]:
+    """How much a training sees: its steps, items available and seen, and epochs.
+
+    Args:
+        t: settings of the training.
+        steps: optimizer steps.
+        items: number of items available: those with readable images whose question fits into the context.
+        seed: of the training.
+
+    Returns:
+        `items_seen` counts each item once, in the order of TRL's sampler. `epochs` is the number of items drawn, each
+        time counted, over those available.
+    """
+    drawn = math.ceil(steps / t.num_iterations) * t.prompts_per_step
+    passes = repeat(RepeatSampler(range(items), mini_repeat_count=1, batch_size=t.prompts_per_step, seed=seed))
+    seen = set(islice(chain.from_iterable(passes), drawn))
+    return {"steps": steps, "items_available": items, "items_seen": len(seen), "epochs": drawn / items}
 
 
 def training_record(
@@ -20,11 +46,16 @@ def training_record(
 
     Warns if no adapter validates better than the base policy, if the best one gives nearly always one answer, and if
     the policy that samples differs from the one that is trained.
+    `selection_se` is the largest standard error of the paired difference between the best validation and another; it is
+    undefined with one prompt.
     """
     entries = [entry for entry in log_history if "train_loss" not in entry]  # that entry sums up times and speeds
-    history = [{k: v for k, v in entry.items() if "time" not in k} for entry in entries]
+    history = [{k: v for k, v in entry.items() if "time" not in k and k != CREDIT} for entry in entries]
     validations = {entry["step"]: entry for entry in history if BEST in entry}
     best, untrained = validations[best_step], validations[0][BEST]
+    credit = {entry["step"]: entry[CREDIT] for entry in entries if CREDIT in entry}
+    others = [paired_difference(credit[step], credit[best_step]) for step in credit if step != best_step]
+    selection_se = max(error for _, error in others)
     if best[BEST] <= untrained:
         warn(
             f"{config.track}, seed {config.seed}: no adapter validates better than the base policy "
@@ -49,6 +80,7 @@ def training_record(
         "best_step": best_step,
         "best_soft_pair_accuracy": best[BEST],
         "untrained_soft_pair_accuracy": untrained,
+        "selection_se": None if math.isnan(selection_se) else selection_se,
         "collapsed": collapsed,
         "history": history,
     }

@@ -52,7 +52,7 @@ def grpo_config(config: TrainGrpo, folder: Path, resumed: bool) -> GRPOConfig:
     return GRPOConfig(
         **distributed_settings(config),
         output_dir=str(folder),
-        max_steps=t.steps,
+        max_steps=t.steps or -1,  # the stage counts those of `epochs` when it knows the items
         per_device_train_batch_size=completions // t.gradient_accumulation // processes_of(config),
         per_device_eval_batch_size=t.group_size,
         gradient_accumulation_steps=t.gradient_accumulation,

@@ -1,13 +1,18 @@
 """TRL's GRPO trainer with a validation of its own, and the callbacks of a training."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl
 from trl import GRPOTrainer
 
+from workflow_scripts.training.checkpoints import step_of
 from workflow_scripts.training.settings import DIFFERENCE, ProcessesError
+from workflow_scripts.training.validation import Credit
+
+CREDIT = "eval_credit_by_prompt"  # in the trainer's log, which checkpoints keep
 
 # Class of the wrapped model in training; a single process trains the PeftModel itself.
 WRAPPERS = {None: "PeftModel", "ddp": "DistributedDataParallel", "fsdp": "FSDPModule", "deepspeed": "DeepSpeedEngine"}
@@ -21,19 +26,38 @@ class ValidatingTrainer(GRPOTrainer):
 
     control: TrainerControl
 
-    def __init__(self, *, validate: Callable[[Any], dict[str, float]], **options: Any) -> None:
-        """`validate` returns the metrics of a model; `options` are those of `GRPOTrainer`."""
+    resumed_from = 0
+    """Step of the checkpoint from which the training goes on."""
+
+    def __init__(
+        self, *, validate: Callable[[Any, Credit | None], tuple[dict[str, float], Credit]], **options: Any
+    ) -> None:
+        """Make the trainer.
+
+        Args:
+            validate: returns the metrics of a model and the credit of the prompts, given that of the untrained policy.
+            options: those of `GRPOTrainer`.
+        """
         super().__init__(**options)
         self.validate = validate
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """Train, from a checkpoint on if one is named."""
+        if resume_from_checkpoint:
+            self.resumed_from = step_of(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **options)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate the current adapter, and leave the random state of the training as it was."""
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
+        history: list[dict[str, Any]] = self.state.log_history
+        untrained = next((entry[CREDIT] for entry in history if CREDIT in entry), None)
         with torch.random.fork_rng():
-            metrics = self.validate(model)
+            metrics, credit = self.validate(model, untrained)
         self.log(dict(metrics))
+        history[-1][CREDIT] = credit  # afterwards, since it is too long to be printed
         model.train(training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -61,6 +85,14 @@ class ValidatingTrainer(GRPOTrainer):
         metrics = self._metrics["train"]
         metrics[f"{DIFFERENCE}/mean"].append((total.sum() / count.sum()).item())
         metrics[f"{DIFFERENCE}/max"] = [max([*metrics[f"{DIFFERENCE}/max"], largest.max().item()])]
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's sampler, which shuffles anew in each pass; a resumed training goes on with the order of its pass."""
+        sampler: Any = super()._get_train_sampler(dataset)
+        steps = sampler.num_samples // sampler.batch_size * self.num_iterations
+        for _ in range(self.resumed_from // steps):
+            next(iter(sampler))
+        return sampler
 
     # TRL gives colocated vLLM the processor's tokens, which have several per image, and vLLM expands the first of them
     # again. The policy would answer another question than it is trained on (huggingface/trl#6294, open with TRL 1.16).
