@@ -9,7 +9,7 @@ from pathlib import Path
 from workflow_scripts.configuration.stages import PrepareBasePolicy
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.writing import write_json
-from workflow_scripts.policy.manifest import NEEDED, model_files
+from workflow_scripts.policy.manifest import NEEDED, model_records
 from workflow_scripts.preferences.hub import fetch
 from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
@@ -31,19 +31,19 @@ def main() -> None:
     arguments = Arguments.parse()
     config = arguments.config
     with run_stage(arguments) as run:
-        repository = revision = None
+        repository = revision = known = None
         if config.hub and config.hub.path:
             folder = Path(config.hub.path).expanduser().resolve()
         elif config.hub:
             target = Path(str(config.downloads), "hub", config.hub.repository.replace("/", "--")).resolve()
-            folder, repository, revision, _ = fetch(
+            folder, repository, revision, known = fetch(
                 "model", config.hub.repository, config.hub.revision, list(NEEDED), target, "policy.hub"
             )
         elif arguments.cold_start:
             folder = arguments.cold_start.parent.resolve()
         else:
             folder = ROOT / str(config.bundled)
-        files = model_files(folder)
+        records = model_records(folder, known)
         inside = folder.is_relative_to(ROOT)
         write_json(
             arguments.manifest,
@@ -52,10 +52,11 @@ def main() -> None:
                 "repository": repository,
                 "revision": revision,
                 "path": str(folder.relative_to(ROOT) if inside else folder),
-                "files": files,
+                "files": {name: record["sha256"] for name, record in records.items()},
             },
         )
-        run.metrics({"megabytes": sum((folder / name).stat().st_size for name in files) / 1e6})
+        run.files_read = records  # size and modification time spare every later job from reading the weights
+        run.metrics({"megabytes": sum(record["bytes"] for record in records.values()) / 1e6})
 
 
 if __name__ == "__main__":
