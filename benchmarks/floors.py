@@ -37,7 +37,7 @@ from workflow_scripts.rollouts.items import Item
 from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.scoring.bootstrap import accuracy_intervals
 
-IDEAL = Assumptions(flops_used=1, bandwidth_used=1, layer_milliseconds=0)
+IDEAL = Assumptions(flops_used=1, bandwidth_used=1, kernel_microseconds=0)
 MEASURED = 3  # runs of each case
 
 

@@ -33,6 +33,7 @@ from workflow_scripts.planning.memory import (
 from workflow_scripts.planning.tokens import Reader, read_policy
 from workflow_scripts.policy.fast.enable import share_prompts
 from workflow_scripts.policy.prompts import messages
+from workflow_scripts.rollouts.decoding import Decoding
 
 TARGETS = Configuration().training.imagereward.lora.target_modules
 RANK = 4
@@ -74,7 +75,7 @@ def shown(rows: int, columns: int) -> Image:
         "pixel_values": torch.zeros(rows * columns, 1176),
         "image_grid_thw": torch.tensor([[1, rows, columns]]),
     }
-    return Image(rows * columns // 4, rows * columns, inputs)
+    return Image(rows * columns // 4, rows * columns, rows * columns * 14**2, inputs)
 
 
 def checkpointed(model: Any) -> Any:
@@ -518,3 +519,57 @@ def test_the_peak_of_an_update_is_near_the_formula(dtype: torch.dtype, checkpoin
     gradients = 4 * planned.adapter_parameters(RANK, TARGETS)
     formula = kept + gradients + SEQUENCES * TOKENS * update_workspace_bytes(policy(planned, name))
     assert memory.most == pytest.approx(formula, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+class NewMemory(TorchDispatchMode):
+    """Counts operations that write: they change an argument, or their result lies in memory that no argument has."""
+
+    def __init__(self) -> None:
+        """Start at 0."""
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and compare the memory."""
+        given = {tensor.untyped_storage().data_ptr() for tensor in self.tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        made = {tensor.untyped_storage().data_ptr() for tensor in self.tensors(result)}
+        self.found += (not made <= given and "empty" not in name) or name.endswith("_")
+        return result
+
+    @staticmethod
+    def tensors(values: Any) -> list[torch.Tensor]:
+        """The tensors in nested values."""
+        return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [3, 5])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_kernels_of_a_decoding_step_are_those_of_a_real_step(dtype: torch.dtype, layers: int, adapted: bool) -> None:
+    model = built(dtype=dtype, num_hidden_layers=layers).eval()
+    a = architecture(model)
+    if not adapted:
+        model = model.unload()
+    share_prompts(model.get_base_model() if adapted else model)
+    question = torch.full((2, 8), 30)
+    decoding = Decoding(model, {"input_ids": question, "attention_mask": torch.ones_like(question)}, 2)
+    decoding.step([0, 1, 2, 3], [30] * 4)
+    with NewMemory() as real:
+        decoding.step([0, 1, 2, 3], [30] * 4)
+    counted = a.decoding_kernels(RANK if adapted else None, TARGETS, str(dtype).removeprefix("torch."), "sdpa")
+    assert counted == pytest.approx(real.found, abs=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_are_counted_for_other_families(family: str, tmp_path: Path) -> None:
+    config = json.loads((save(family, tmp_path / family) / "config.json").read_text())
+    targets = rf".*{SETTINGS[family]['language_model']}.*\.(q_proj|v_proj)"
+    for attention in ("sdpa", "eager"):
+        a = architecture_of(config)
+        alone, beside = (a.decoding_kernels(rank, targets, "bfloat16", attention) for rank in (None, RANK))
+        assert beside - alone == a.layers * 2 * 6 and alone > 40 * a.layers

@@ -11,18 +11,24 @@ import pytest
 import yaml
 from tiny_families import SETTINGS, save
 
-from workflow_scripts.configuration.model import Configuration, ConfigurationError
+from workflow_scripts.configuration.model import Configuration, ConfigurationError, TrainingVllm
 from workflow_scripts.configuration.overlays import parse_changes, read_configuration
 from workflow_scripts.configuration.published import PUBLISHED
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.planning.costs import Length, decoding_seconds
+from workflow_scripts.planning.costs import Length, decoding_seconds, prefill_flops
 from workflow_scripts.planning.devices import FACTS, GIGABYTE, Assumptions, PlanError, data_sheet
+from workflow_scripts.planning.memory import VLLM_WORKSPACE
 from workflow_scripts.planning.plan import Plan, Stage, completion_length, plan
 from workflow_scripts.planning.report import as_json, report
 from workflow_scripts.planning.workload import published_totals
 
 PAPER, PAPER_3B = ROOT / "configs/paper.yaml", ROOT / "configs/paper-3b.yaml"
 PAPER_LONG = ROOT / "configs/paper-long.yaml"
+# The fallback that both files name: no vLLM.
+TRANSFORMERS = [
+    f"training={json.dumps({track: {'generation': 'transformers'} for track in ('imagereward', 'hpsv2')})}",
+    "rollouts={engine: transformers, batch_items: 64}",
+]
 
 
 def configured(files: list[Path], settings: list[str]) -> Configuration:
@@ -76,12 +82,39 @@ def test_a_published_policy_is_planned_as_the_one_that_it_was_tuned_from(tmp_pat
     assert "LoRA" not in report(made) and not any("adapter" in artifact.name for artifact in made.artifacts)
 
 
+def test_without_vllm_the_paper_s_configurations_fit_as_well() -> None:
+    assert planned(PAPER, "h100-80gb", *TRANSFORMERS).warnings == []
+    assert planned(PAPER_3B, "rtx4090", "rollouts={engine: transformers, batch_items: 24}").warnings == []
+
+
+def test_vllm_beside_the_trainer_does_not_fit_24_gb() -> None:
+    """As configs/paper-3b.yaml says of both tracks: the least share that starts leaves too little for validation."""
+    vllm = {"generation": "vllm_colocate", "vllm": {"gpu_memory_utilization": 0.46}}
+    settings = f"training={json.dumps({'imagereward': vllm, 'hpsv2': vllm})}"
+    told = planned(PAPER_3B, "rtx4090", settings).warnings
+    assert len(told) == 2 and all("generation to transformers" in text for text in told)
+    small = planned(PAPER_3B, "rtx4090", settings.replace("0.46", "0.4")).warnings[0]
+    assert "vLLM needs 10.8 GB for weights, workspace and one sequence, more than its share of rtx4090; raise" in small
+    assert "training.imagereward.vllm.gpu_memory_utilization (0.4)" in small
+
+
+def test_a_step_s_completions_fit_into_the_cache_that_the_paper_s_shares_leave() -> None:
+    """At their full budgets, the questions held once for their group: no row waits for another to end."""
+    p = planned(PAPER, "h100-80gb")
+    for stage, track in zip(p.stages, ("imagereward", "hpsv2"), strict=False):
+        t = getattr(p.configuration.training, track)
+        cache = t.vllm.gpu_memory_utilization * p.gpu.memory - p.model.weights - VLLM_WORKSPACE
+        tokens = t.prompts_per_step * (stage.asked.longest + t.group_size * t.max_completion_tokens)
+        assert 0 < tokens * p.model.kv_bytes < cache
+        assert stage.asked.longest + t.max_completion_tokens < t.vllm.max_model_len
+
+
 def test_the_7b_does_not_fit_24_gb_and_the_plan_says_why() -> None:
-    told = planned(PAPER, "rtx4090").warnings
+    told = planned(PAPER, "rtx4090", *TRANSFORMERS).warnings
     assert any("generation" in text and "prompts_per_step" in text for text in told)
     assert any("generate_rollouts" in text and "batch_items" in text for text in told)
     assert all(" GB do not fit into the 21.6 GB that rtx4090 has to give" in text for text in told)
-    (weights, *_) = planned(PAPER, "rtx4090", "policy={dtype: float32}").warnings
+    (weights, *_) = planned(PAPER, "rtx4090", *TRANSFORMERS, "policy={dtype: float32}").warnings
     assert "the weights alone do not: set policy.hub.repository" in weights
 
 
@@ -95,6 +128,8 @@ def test_the_7b_does_not_fit_24_gb_and_the_plan_says_why() -> None:
 )
 def test_the_key_that_is_named_makes_it_fit(phase: str, change: dict[str, Any], remedy: dict[str, Any]) -> None:
     (key,) = remedy
+    without_vllm = {"generation": "transformers"}
+    change, remedy = without_vllm | change, without_vllm | remedy
     wrong = planned(PAPER, "h100-80gb", f"training={json.dumps({'imagereward': change})}").warnings
     assert any(f"imagereward, {phase}" in text and f"training.imagereward.{key}" in text for text in wrong), wrong
     assert planned(PAPER, "h100-80gb", f"training={json.dumps({'imagereward': change | remedy})}").warnings == []
@@ -137,9 +172,9 @@ def test_published_data_are_planned_from_their_totals() -> None:
     assert stages["train_grpo imagereward"].asked.items == 49_900
     assert stages["train_grpo hpsv2"].asked.items == pytest.approx(645_090 / 4)
     rated = stages["generate_rollouts imagereward grpo on imagereward"]
-    assert (rated.asked.prompts, rated.asked.items, rated.rollouts, rated.jobs) == (466, 2_720, 8_160, 5)
+    assert (rated.asked.prompts, rated.asked.items, rated.rollouts, rated.jobs) == (466, 2_720, 8_160, 1)
     compared = stages["generate_rollouts hpsv2 grpo on hpsv2"]
-    assert (compared.asked.items, compared.rollouts, compared.jobs) == (3_700 - 400, 9_900, 4)
+    assert (compared.asked.items, compared.rollouts, compared.jobs) == (3_700 - 400, 9_900, 1)
     assert stages["generate_rollouts hpsv2 grpo on imagereward"].asked.items == 2_720 - 466
     assert not rated.asked.counted
     both = planned(PAPER, "h100-80gb", "rollouts={both_orders: true}").stages
@@ -174,14 +209,15 @@ def test_the_24_gb_configuration_differs_in_nothing_but_what_it_says() -> None:
         return {k: v for name, inner in value.items() for k, v in leaves(inner, f"{key}.{name}".strip(".")).items()}
 
     large, small = (leaves(yaml.safe_load(path.read_text(encoding="utf-8"))) for path in (PAPER, PAPER_3B))
-    assert large.keys() == small.keys()
+    vllm = {f"training.{track}.vllm.{key}" for track in ("imagereward", "hpsv2") for key in TrainingVllm.model_fields}
+    assert large.keys() - small.keys() <= vllm and small.keys() <= large.keys()
     differing = {
         key.replace("training.hpsv2", "training.*").replace("training.imagereward", "training.*")
-        for key in large
+        for key in small
         if large[key] != small[key]
     }
     step = {f"training.*.{key}" for key in ("steps", "prompts_per_step", "warmup_steps", "validate_every")}
-    assert differing == {"results", "policy.hub.repository", "policy.hub.revision", "rollouts.batch_items"} | step
+    assert differing == {"results", "policy.hub.repository", "policy.hub.revision", "training.*.generation"} | step
     for track in ("imagereward", "hpsv2"):
         items = [c[f"training.{track}.steps"] * c[f"training.{track}.prompts_per_step"] for c in (large, small)]
         assert items[0] == items[1] == 8000
@@ -209,16 +245,93 @@ def test_revisions_are_the_published_ones(path: Path) -> None:
 
 def test_time_is_bound_by_what_takes_longest() -> None:
     p = planned(PAPER, "h100-80gb")
-    free = Assumptions(layer_milliseconds=0)
+    free = Assumptions(kernel_microseconds=0)
     length = Length(1, 1)
     read = p.model.language_bytes / (p.gpu.bandwidth * free.bandwidth_used)
     assert decoding_seconds(p.model, p.gpu, free, 1, 1, 0, length, adapted=False) == pytest.approx(read, rel=1e-4)
-    launched = Assumptions(layer_milliseconds=10)
-    assert decoding_seconds(p.model, p.gpu, launched, 1, 1, 0, length, adapted=False) == 28 * 0.010
+    launched = Assumptions(kernel_microseconds=1000)
+    alone, beside = (decoding_seconds(p.model, p.gpu, launched, 1, 1, 0, length, adapted=a) for a in (False, True))
+    assert alone == pytest.approx(0.001 * p.model.kernels(adapted=False))
+    # For each of the 7 adapted matrices of a layer: two products, their sum and its scale, two changes of type.
+    assert beside - alone == pytest.approx(0.001 * 28 * 7 * 6)
+    graphs = decoding_seconds(p.model, p.gpu, launched, 1, 1, 0, length, adapted=False, launched=False)
+    assert graphs == pytest.approx(read, rel=1e-4)
     # 10,000 rows of short sequences are bound by their products: 2 FLOPs for each weight.
     many = decoding_seconds(p.model, p.gpu, free, 10_000, 10_000, 0, length, adapted=False)
     products = 10_000 * 2 * p.model.language_bytes / 2 / (p.gpu.flops * free.flops_used)
     assert many == pytest.approx(products, rel=1e-3)
+
+
+def test_every_job_loads_the_model_and_vllm_starts_anew() -> None:
+    """By hand: 15 seconds and 16.58 GB at 1 GB/s; vLLM's start; in training both models."""
+    p, whole = planned(PAPER, "h100-80gb"), 15 + p7b() + 90
+    trained, rated = p.stages[0], p.stages[2]
+    assert trained.costs["loading"].seconds == pytest.approx(whole + p7b())
+    assert rated.costs["loading"].seconds == pytest.approx(whole)
+    shards = planned(PAPER, "h100-80gb", "rollouts={shard_prompts: 100}", "seeds=[0, 1]").stages[2]
+    assert shards.jobs == 10 and shards.costs["loading"].seconds == pytest.approx(5 * whole)  # of one seed
+    eager = planned(PAPER, "h100-80gb", "rollouts={vllm: {enforce_eager: true}}").stages[2]
+    assert eager.costs["loading"].seconds == pytest.approx(whole - 90)
+    assert eager.costs["rollouts"].seconds > rated.costs["rollouts"].seconds  # its kernels are launched one by one
+    transformers = planned(PAPER, "h100-80gb", *TRANSFORMERS).stages
+    for stage in (transformers[0], transformers[2]):
+        assert stage.costs["loading"].seconds == pytest.approx(15 + p7b())
+    free = Assumptions(start_seconds=0, vllm_start_seconds=0, load_gigabytes_per_second=1e9)
+    nothing = plan(configured([PAPER], []), data_sheet("h100-80gb"), free).stages[0].costs["loading"]
+    assert nothing.seconds == pytest.approx(0, abs=1e-6)
+
+
+def p7b() -> float:
+    """Seconds in which the weights of the 7B model, 2 bytes each, come at 1 GB/s."""
+    return 8_292_166_656 * 2 / 1e9
+
+
+@pytest.mark.parametrize(
+    ("generation", "share", "prepared"),
+    [
+        ("transformers", True, 2),  # for generation, and for the passes over completions
+        ("transformers", False, 1 + 8),
+        ("trl", True, 2),
+        ("trl", False, 16),
+        ("vllm_colocate", True, 3),  # TRL's tokens, vLLM, and the passes
+    ],
+)
+def test_images_of_a_step_are_decoded_once_and_prepared_for_each_use(
+    generation: str, share: bool, prepared: int
+) -> None:
+    settings = {"generation": generation, "share_prompts": share, "steps": 100, "validate_every": 100}
+    p = planned(PAPER, "h100-80gb", f"training={json.dumps({'hpsv2': settings})}")
+    stage, megapixels = p.stages[1], 512 * 512 / 1e6
+    decoding, preparing = (
+        each["image"] + each["megapixel"] * megapixels for each in FACTS["image_milliseconds"].values()
+    )
+    pairs = p.configuration.datasets.hpsv2.validation_prompts * 6
+    shown = 100 * 16 * 2 * (decoding + prepared * preparing) + 2 * pairs * 2 * (decoding + preparing)
+    assert stage.costs["images"].seconds == pytest.approx(shown / 1000, rel=1e-3)
+
+
+def test_images_of_rollouts_are_prepared_once_an_item() -> None:
+    stage = planned(PAPER, "h100-80gb").stages[2]
+    each = sum(e["image"] + e["megapixel"] * 512 * 512 / 1e6 for e in FACTS["image_milliseconds"].values())
+    assert stage.costs["images"].seconds == pytest.approx(2_720 * each / 1000)
+    assert stage.highest.seconds > sum(cost.seconds for cost in stage.costs.values())
+
+
+def test_vllm_waits_less_where_more_items_come_together() -> None:
+    def rollouts(gpu: str, items: int) -> float:
+        found = planned(PAPER, gpu, f"rollouts={{batch_items: {items}}}").stages[2].costs["rollouts"]
+        return found.seconds
+
+    assert rollouts("h100-80gb", 256) < rollouts("h100-80gb", 32)
+    # 32 items, 96 rows at once: 85 batches of 1,032 steps, in each of which half of the rows are left on average.
+    p = planned(PAPER, "h100-80gb")
+    asked, m = p.stages[2].asked, p.model
+    step = (
+        decoding_seconds(m, p.gpu, p.assumed, 48, 48, asked.mean, Length(516, 1), adapted=False, launched=False)
+        + 48 * 20e-6
+    )
+    prefill = prefill_flops(m, asked.mean, asked.images, False) * asked.items / (p.gpu.flops * 0.35)
+    assert rollouts("h100-80gb", 32) == pytest.approx(85 * 1032 * step + prefill, rel=1e-3)
 
 
 def test_the_engine_s_loop_and_shared_prompts_cost_less_than_trl_alone() -> None:
@@ -266,7 +379,9 @@ def test_a_folder_of_another_family_is_planned(family: str, tmp_path: Path) -> N
     value = json.loads(as_json(p))
     assert value["model"]["parameters"] == p.model.architecture.parameters
     assert value["model"]["architecture"]["vision"]["depth"] == 2
-    assert all(cost["flops"] > 0 for stage in value["stages"] for cost in stage["costs"].values())
+    costs = [item for stage in value["stages"] for item in stage["costs"].items()]
+    assert all(cost["seconds"] > 0 for _, cost in costs)
+    assert all((cost["flops"] > 0) == (part not in ("images", "loading")) for part, cost in costs)
 
 
 def test_the_report_names_every_stage_and_the_sum() -> None:

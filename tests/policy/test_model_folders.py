@@ -1,7 +1,9 @@
 """What a model folder may hold: weights as safetensors, no code that is run, and the files of its manifest."""
 
 import ast
+import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -18,7 +20,7 @@ from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.configuration.stages import ModelConfig, PrepareBasePolicy
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import load_model, load_policy, load_processor
-from workflow_scripts.policy.manifest import PolicyError, base_path, bundled_files, model_files
+from workflow_scripts.policy.manifest import PolicyError, base_path, bundled_files, model_files, model_records
 
 BUNDLED = ROOT / "models/tiny-qwen2.5-vl"
 PAIRWISE = ModelConfig.of(Configuration(), "hpsv2")
@@ -234,6 +236,77 @@ def test_touched_and_copied_files_are_the_same(run_main: Any, folder: Path) -> N
         path.touch()
     (folder / "README.md").write_text("notes")
     assert base_path(manifest) == folder
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that names each file when it is hashed."""
+    names: list[str] = []
+    plain = hashlib.file_digest
+
+    def counting(file: Any, algorithm: str) -> Any:
+        names.append(Path(file.name).name)
+        return plain(file, algorithm)
+
+    monkeypatch.setattr(hashlib, "file_digest", counting)
+    return names
+
+
+def jobs(manifest: Path, number: int) -> None:
+    """Load model and processor as so many jobs do, each in a process of its own."""
+    for _ in range(number):
+        base_path.cache_clear()
+        load_model(manifest, PAIRWISE)
+        load_processor(manifest, PAIRWISE)
+
+
+def test_the_base_is_hashed_once_and_not_by_the_jobs_that_load_it(
+    run_main: Any, folder: Path, hashed: list[str]
+) -> None:
+    manifest = prepare(run_main, folder)
+    names = sorted(model_files(folder))
+    assert sorted(name for name in hashed if name in names) == sorted([*names, *names])  # once here, in model_files
+    hashed.clear()
+    jobs(manifest, 3)
+    assert hashed == []
+    (folder / "model.safetensors").touch()  # the same content with another time is read
+    jobs(manifest, 2)
+    assert hashed == ["model.safetensors"] * 2
+
+
+def test_a_folder_that_moved_with_its_times_is_not_hashed(run_main: Any, folder: Path, hashed: list[str]) -> None:
+    """The times stand in the sidecar: the manifest has the same bytes for the same files."""
+    manifest = prepare(run_main, folder)
+    written = manifest.read_bytes()
+    for path in folder.iterdir():
+        path.touch()
+    assert prepare(run_main, folder).read_bytes() == written and b"mtime" not in written
+    moved = folder.with_name("elsewhere")
+    shutil.copytree(folder, moved)  # as rsync -a and cp -a do, with times
+    manifest.write_text(json.dumps(json.loads(written) | {"path": str(moved)}))
+    hashed.clear()
+    jobs(manifest, 1)
+    assert hashed == []
+
+
+def test_a_change_that_keeps_size_and_time_is_not_noticed(run_main: Any, folder: Path) -> None:
+    """As everywhere in the workflow: such a change takes intent."""
+    manifest, path = prepare(run_main, folder), folder / "generation_config.json"
+    times, text = path.stat(), path.read_text()
+    path.write_text(text.replace("0", "1", 1))
+    assert path.read_text() != text
+    with pytest.raises(PolicyError, match=r"generation_config\.json is not as it was"):
+        base_path(manifest)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert base_path(manifest) == folder
+
+
+def test_files_that_were_hashed_while_they_arrived_are_not_read_again(folder: Path, hashed: list[str]) -> None:
+    known = model_records(folder)
+    hashed.clear()
+    weights = known.pop("model.safetensors")
+    assert model_records(folder, {"model.safetensors": weights}) == known | {"model.safetensors": weights}
+    assert "model.safetensors" not in hashed and len(hashed) == len(known)
 
 
 def test_every_file_of_the_manifest_is_an_input_of_its_rule(folder: Path) -> None:

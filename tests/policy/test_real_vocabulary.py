@@ -140,12 +140,15 @@ def small_qwen(qwen: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_paper() -> Configuration:
-    """configs/paper.yaml, so small that this machine can do it: 4 visual tokens, short thoughts, one step."""
+    """configs/paper.yaml without vLLM, and small: 4 visual tokens, short thoughts, one step."""
     raw: dict[str, Any] = yaml.safe_load((ROOT / "configs/paper.yaml").read_text(encoding="utf-8"))
     raw["policy"] |= {"device": "cpu", "dtype": "float32", "min_pixels": 784, "max_pixels": 3136}
     raw["numeric_threads"] = 1
     raw["training"]["imagereward"] |= {"steps": 1, "prompts_per_step": 1, "group_size": 2, "gradient_accumulation": 2}
     raw["training"]["imagereward"] |= {"max_completion_tokens": 8, "validate_every": 1}
+    for training in raw["training"].values():
+        training["generation"] = "transformers"
+    raw["rollouts"]["engine"] = "transformers"
     raw["rollouts"]["sampling"] |= {"max_thinking_tokens": 6}
     raw["tracking"] = {"enabled": False}
     return load(raw)

@@ -16,8 +16,19 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"sha256": file_digest(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
+def is_as_recorded(path: Path, record: dict[str, Any]) -> bool:
+    """Tell whether a file has its recorded content; a file with its recorded size and modification time is not read.
+
+    A record that has no size and time is compared by digest.
+    """
+    status = path.stat()
+    if (status.st_size, status.st_mtime_ns) == (record.get("bytes"), record.get("mtime_ns")):
+        return True
+    return file_digest(path) == str(record["sha256"])
+
+
 def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
-    """Check a file against its record and return its digest; a file with its recorded size and time is not read.
+    """Check a file against its record as `is_as_recorded` does, and return its digest.
 
     Raises:
         ProvenanceError: the file is missing, or its content differs from the record.
@@ -26,10 +37,7 @@ def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:
         raise ProvenanceError(
             f"{path} is missing (see {recorded_in}); delete {recorded_in} and run snakemake again to make both anew"
         )
-    status = path.stat()
-    if (status.st_size, status.st_mtime_ns) != (record["bytes"], record["mtime_ns"]) and (
-        status.st_size != record["bytes"] or file_digest(path) != record["sha256"]
-    ):
+    if not is_as_recorded(path, record):
         raise ProvenanceError(
             f"{path} is not what its stage wrote (see {recorded_in}); "
             "delete both and run snakemake again to make them anew"

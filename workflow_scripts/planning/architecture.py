@@ -2,9 +2,9 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,6 +37,8 @@ class Image:
     """Visual tokens, and marks that the processor adds."""
     patches: int
     """Patches that the vision tower encodes."""
+    pixels: int
+    """Pixels of the image as it is stored."""
     inputs: counting.Inputs = field(repr=False, compare=False)
 
 
@@ -88,6 +90,10 @@ class Architecture:
     def language_flops(self, tokens: float, context: float | None = None) -> float:
         """Forward through all layers; `context` is what each token attends to (default: T, masked ones included)."""
         return _language(self, None, "", False).of(tokens, context)
+
+    def decoding_kernels(self, rank: int | None, target_modules: str, dtype: str, attention: Attention) -> float:
+        """Kernels of a decoding step of the transformers engine, with an adapter of this rank beside the weights."""
+        return _kernels(self, rank, target_modules, dtype, attention)
 
     def head_flops(self, positions: float) -> float:
         """Logits of a number of positions."""
@@ -174,10 +180,8 @@ def _adapter(a: Architecture, rank: int, target_modules: str) -> list[tuple[str,
 def _language(a: Architecture, rank: int | None, target_modules: str, checkpointing: bool) -> Flops:
     """Forward through the layers, or forward and backward with an adapter of this rank.
 
-    Layers of one kind cost the same, so each kind is counted once, behind the first layer, which passes no gradient to
-    the embedding. An adapter that is on some layers alone is counted with all layers.
+    The first layer passes no gradient to the embedding.
     """
-    kinds = getattr(a.config.get_text_config(), "layer_types", None) or [None] * a.layers
 
     def counted(few: list[str | None], tokens: int) -> int:
         model = counting.shallow(a.config, few)
@@ -185,16 +189,34 @@ def _language(a: Architecture, rank: int | None, target_modules: str, checkpoint
             counting.add_adapter(model, rank, target_modules)
         return counting.count_language(model, tokens, rank is not None, checkpointing)
 
-    def whole(tokens: int) -> float:
-        if rank is not None and not _on_every_layer(a, target_modules):
-            return counted(kinds, tokens)
-        first = counted(kinds[:1], tokens)
-        further = {kind: counted([kinds[0], kind], tokens) - first for kind in set(kinds[1:])}
-        return first + sum(further[kind] for kind in kinds[1:])
-
-    short, long = (whole(tokens) / tokens for tokens in LENGTHS)
+    adapter = None if rank is None else target_modules
+    short, long = (_all_layers(a, adapter, partial(counted, tokens=n)) / n for n in LENGTHS)
     pair = (long - short) / (LENGTHS[1] - LENGTHS[0])
     return Flops(short - pair * LENGTHS[0], pair)
+
+
+@cache
+def _kernels(a: Architecture, rank: int | None, target_modules: str, dtype: str, attention: Attention) -> float:
+    """Kernels of a decoding step."""
+
+    def counted(few: list[str | None]) -> int:
+        return counting.count_kernels(a.config, few, rank, target_modules, dtype, attention)
+
+    return _all_layers(a, None if rank is None else target_modules, counted)
+
+
+def _all_layers(a: Architecture, adapter: str | None, counted: Callable[[list[str | None]], int]) -> float:
+    """Extend what `counted` finds for a few layers, by their kinds, to all of them.
+
+    Layers of one kind cost the same, so each kind is counted once, behind the first layer. With an adapter that is on
+    some layers alone all are counted.
+    """
+    kinds = getattr(a.config.get_text_config(), "layer_types", None) or [None] * a.layers
+    if adapter is not None and not _on_every_layer(a, adapter):
+        return counted(kinds)
+    first = counted(kinds[:1])
+    further = {kind: counted([kinds[0], kind]) - first for kind in set(kinds[1:])}
+    return first + sum(further[kind] for kind in kinds[1:])
 
 
 def _on_every_layer(a: Architecture, target_modules: str) -> bool:

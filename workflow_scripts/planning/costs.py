@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from workflow_scripts.configuration.model import Distributed, Training
 from workflow_scripts.planning.architecture import FULL, Image
-from workflow_scripts.planning.devices import CPU, Assumptions, Gpu
-from workflow_scripts.planning.memory import Model, engine_generates
+from workflow_scripts.planning.devices import CPU, FACTS, GIGABYTE, Assumptions, Gpu
+from workflow_scripts.planning.memory import VLLM_WORKSPACE, Model, engine_generates
 from workflow_scripts.planning.workload import Questions
 
 SERVER_SHARE = 0.9  # of a GPU that serves vLLM, its default
-VLLM_ROWS = 256  # max_num_seqs, vLLM's default
+WIDENED = 5  # times the cache in 16 bits: read, written in float32, and read again, which is twice as wide
+APPENDED = 3  # times the cache: transformers' own is read, copied with a token more, and read
 
 
 class Length(NamedTuple):
@@ -36,12 +37,24 @@ def decoding_seconds(
     length: Length,
     adapted: bool,
     copies: int = 1,
+    launched: bool = True,
 ) -> float:
     """Time until the longest of a batch's completions is there.
 
     A step reads the weights and the cache, computes the rows' products and launches its kernels; what takes longest
-    counts. In the cache are the questions of so many `prompts`, as many as rows where each row has its own. `copies`:
-    transformers' own cache is also read and written as a whole to append one token to it, 3 in all.
+    counts.
+
+    Args:
+        m: the policy.
+        gpu: the device.
+        assumed: rates.
+        rows: completions that are decoded together.
+        prompts: questions in the cache, as many as rows where each row has its own.
+        question: tokens of a question.
+        length: of the completions.
+        adapted: the adapter is beside the weights.
+        copies: how often the bytes of the cache move in a step.
+        launched: kernels are launched one by one from Python, not as CUDA graphs.
     """
     a = m.architecture
     context = question + length.mean / 2
@@ -51,7 +64,7 @@ def decoding_seconds(
     step = max(
         read / (gpu.bandwidth * assumed.bandwidth_used),
         product_seconds(gpu, assumed, computed),
-        a.layers * assumed.layer_milliseconds / 1000,
+        launched * m.kernels(adapted) * assumed.kernel_microseconds / 1e6,
     )
     return step * length.longest
 
@@ -123,8 +136,13 @@ def rollout_cost(
     batches = max(1.0, test.items / batch)
     prompts = min(batch, test.items)
     rows = prompts * rollouts * length.mean / length.longest  # on average
-    waiting = decoding_seconds(m, gpu, assumed, rows, prompts, test.mean, length, adapted) * batches
+    waiting = decoding_seconds(m, gpu, assumed, rows, prompts, test.mean, length, adapted, widened(m)) * batches
     return Cost(prefill + completions, product_seconds(gpu, assumed, prefill) + waiting)
+
+
+def widened(m: Model) -> int:
+    """How often the engine moves the bytes of the cache in a step: with sdpa it attends in float32."""
+    return WIDENED if m.attention == "sdpa" and m.dtype != "float32" else 1
 
 
 def vllm_cost(
@@ -133,23 +151,64 @@ def vllm_cost(
     assumed: Assumptions,
     asked: Questions,
     items: float,
+    batch: float,
     rollouts: float,
     length: Length,
-    cache: float,
+    share: float,
     adapted: bool,
+    eager: bool = False,
 ) -> Cost:
-    """Rollouts with vLLM: questions prefilled once, as many rows at once as the cache of so many bytes holds.
+    """Rollouts with vLLM, which has a `share` of the GPU and gets so many items of a `batch` together.
 
-    A row that ends makes room for the next, no cache is copied, and CUDA graphs launch the kernels.
+    A question is prefilled once, and its cache held once, for its rollouts. As many rows are decoded at once as fit
+    into the cache, and as vLLM takes by default. A row that ends makes room for the next, no cache is copied, and CUDA
+    graphs launch the kernels unless `eager`.
     """
     prefill = prefill_flops(m, asked.mean, asked.images, adapted) * items
     completions = decoding_flops(m, asked.mean, length.mean, adapted) * items * rollouts
-    room = cache / (m.kv_bytes * (asked.mean + length.mean / 2))
-    rows = max(1.0, min(items * rollouts, room, VLLM_ROWS))
-    graphs = assumed.model_copy(update={"layer_milliseconds": 0.0})
-    step = decoding_seconds(m, gpu, graphs, rows, rows, asked.mean, Length(length.mean, 1), adapted)
-    steps = max(length.longest, items * rollouts * length.mean / rows)
-    return Cost(prefill + completions, product_seconds(gpu, assumed, prefill) + step * steps)
+    together = min(batch, items) * rollouts
+    cache = share * gpu.memory - m.weights - VLLM_WORKSPACE
+    room = cache / (m.kv_bytes * (asked.mean / rollouts + length.mean / 2))
+    steps = max(length.longest, together * length.mean / max(1.0, min(together, room, vllm_rows(gpu))))
+    rows = together * length.mean / steps  # on average
+    step = decoding_seconds(m, gpu, assumed, rows, rows, asked.mean, Length(length.mean, 1), adapted, launched=eager)
+    waiting = (step + rows * assumed.vllm_row_microseconds / 1e6) * steps * items * rollouts / together
+    return Cost(prefill + completions, product_seconds(gpu, assumed, prefill) + waiting)
+
+
+def vllm_rows(gpu: Gpu) -> int:
+    """Rows that vLLM 0.31 decodes at once by default (max_num_seqs of EngineArgs.get_batch_defaults)."""
+    return 1024 if gpu.memory >= 70 * GIGABYTE and "a100" not in gpu.name else 256
+
+
+def generation_cost(
+    m: Model, gpu: Gpu, assumed: Assumptions, t: Training, d: Distributed, train: Questions, length: Length
+) -> Cost:
+    """Generation of a process's share of a step.
+
+    The engine's loop prefills a prompt once for its group and drops what has ended; TRL's own prefills every completion
+    by itself and goes on until the last has ended.
+    """
+    completions = t.prompts_per_step * t.group_size // d.processes
+    groups = completions / t.group_size
+    if t.generation not in ("transformers", "trl"):
+        share = t.vllm.gpu_memory_utilization if t.generation == "vllm_colocate" else SERVER_SHARE
+        return vllm_cost(m, gpu, assumed, train, groups, groups, t.group_size, length, share, adapted=False)
+    engine = engine_generates(t, d)
+    beside = not engine or m.dtype != "float32"  # the engine's loop merges the adapter where that rounds nothing
+    prompts = groups if engine else completions
+    rows = completions * length.mean / length.longest if engine else completions
+    prefill = prefill_flops(m, train.mean, (), beside) * prompts
+    prefill += image_flops(m, train) * (groups if engine or t.share_prompts else completions)
+    decoding = decoding_flops(m, train.mean, length.mean if engine else length.longest, beside) * completions
+    copies = widened(m) if engine else APPENDED
+    seconds = decoding_seconds(m, gpu, assumed, rows, prompts, train.mean, length, beside, copies)
+    return Cost(prefill + decoding, product_seconds(gpu, assumed, prefill) + seconds)
+
+
+def image_flops(m: Model, asked: Questions) -> float:
+    """Forward of a question's images through the vision tower."""
+    return sum(m.architecture.vision_flops(image) for image in asked.images)
 
 
 def training_costs(
@@ -163,42 +222,26 @@ def training_costs(
     validation: Questions,
     length: Length,
 ) -> dict[str, Cost]:
-    """Cost of a whole training by part, on all its GPUs together, as TRL runs it with transformers generating.
+    """Cost of a whole training by part, on all its GPUs together, as TRL runs it.
 
     Each process has its share of a step's completions, and of the validation unless FSDP makes all do all of it.
 
-    The engine's loop prefills a prompt once for its group and drops what has ended; TRL's own prefills every completion
-    by itself and goes on until the last has ended. All completions of a step are padded to the longest, and scored
-    under the reference policy in a forward of their own. With `share_prompts` an image is encoded once in a step, and
-    without gradient checkpointing the question of a group passes once. vLLM gets merged weights after each step.
+    All completions of a step are padded to the longest, and scored under the reference policy in a forward of their
+    own. With `share_prompts` an image is encoded once in a step, and without gradient checkpointing the question of a
+    group passes once.
     """
     a, completions = m.architecture, t.prompts_per_step * t.group_size // d.processes
     tokens = train.mean + length.longest
     scored = length.mean if gpu.name != CPU else tokens - 1  # only with Triton the padding is left out
-
     groups = completions / t.group_size
-    seen = sum(a.vision_flops(image) for image in train.images)
-    engine = engine_generates(t, d)
-    if t.generation in ("transformers", "trl"):
-        beside = not engine or m.dtype != "float32"  # the engine's loop merges the adapter where that rounds nothing
-        prompts = groups if engine else completions
-        rows = completions * length.mean / length.longest if engine else completions
-        prefill = prefill_flops(m, train.mean, (), beside) * prompts
-        prefill += seen * (groups if engine or t.share_prompts else completions)
-        decoded = length.mean if engine else length.longest
-        decoding = decoding_flops(m, train.mean, decoded, beside) * completions
-        copies = 1 if engine else 3
-        seconds = decoding_seconds(m, gpu, assumed, rows, prompts, train.mean, length, beside, copies)
-        generation = Cost(prefill + decoding, product_seconds(gpu, assumed, prefill) + seconds)
-        looked = 0.0 if t.share_prompts else seen * completions  # in each pass that follows
+    vllm = t.generation not in ("transformers", "trl")
+    if vllm:
+        looked = image_flops(m, train) * (groups if t.share_prompts else completions)
     else:
-        share = t.vllm.gpu_memory_utilization if t.generation == "vllm_colocate" else SERVER_SHARE
-        cache = share * gpu.memory - m.weights
-        generation = vllm_cost(m, gpu, assumed, train, groups, t.group_size, length, cache, False)
-        looked = seen * (groups if t.share_prompts else completions)
+        looked = 0.0 if t.share_prompts else image_flops(m, train) * completions  # in each pass that follows
 
     # Reference policy; the policy that sampled, which TRL scores again where vLLM did or where it changes meanwhile.
-    passes = (t.beta > 0) + (t.num_iterations > 1 or t.generation not in ("transformers", "trl"))
+    passes = (t.beta > 0) + (t.num_iterations > 1 or vllm)
     if t.share_prompts and not t.gradient_checkpointing:
         question = a.language_flops(train.mean) / t.group_size
         forward = question + a.language_flops(length.longest, tokens)
@@ -209,8 +252,6 @@ def training_costs(
         updating = update_flops(m, tokens, scored, shown, t.gradient_checkpointing)
     scoring = (forward + a.head_flops(scored)) * completions * passes
     scoring += looked * (1 if t.share_prompts else passes)  # features of the images are kept from pass to pass
-    reference = Cost(scoring, product_seconds(gpu, assumed, scoring))
-    update = Cost(updating * completions, product_seconds(gpu, assumed, updating * completions))
 
     validations = 1 + math.ceil(steps / t.validate_every)  # the last one after the last step
     if d.strategy != "fsdp":
@@ -220,10 +261,58 @@ def training_costs(
     beside = m.dtype != "float32" or d.strategy == "fsdp"  # validation merges the adapter, too
     validated = rollout_cost(m, gpu, assumed, validation, batch, t.validation_rollouts, length, adapted=beside)
     batches = steps / t.num_iterations
+    prepared = groups * image_seconds(train.images, preparations(t, d)) * batches
+    prepared += validation.items * image_seconds(validation.images, 1) * validations
     each = {
-        "generation": generation.times(batches),
-        "reference": reference.times(batches),
-        "update": update.times(steps),
+        "generation": generation_cost(m, gpu, assumed, t, d, train, length).times(batches),
+        "reference": Cost(scoring, product_seconds(gpu, assumed, scoring)).times(batches),
+        "update": Cost(updating, product_seconds(gpu, assumed, updating)).times(completions * steps),
         "validation": validated.times(validations),
+        "images": Cost(0, prepared),
+        "loading": loading_cost(m, assumed, t.generation == "vllm_colocate", policies=1),
     }
     return {part: cost.times(d.processes) for part, cost in each.items()}
+
+
+# ----------------------------------------------------------------------------------- what the GPU waits for, without it
+
+
+def image_seconds(images: tuple[Image, ...], preparations: float) -> float:
+    """Time to decode a question's images once and to prepare them so often for the policy, on one thread of the CPU.
+
+    No worker does so beside the GPU: TRL's loader has none (dataloader_num_workers 0), and both engines read a batch
+    before they generate.
+    """
+    cost = FACTS["image_milliseconds"]
+    each = {
+        name: [per["image"] + per["megapixel"] * image.pixels / 1e6 for image in images] for name, per in cost.items()
+    }
+    return (sum(each["decoding"]) + preparations * sum(each["preparing"])) / 1000
+
+
+def preparations(t: Training, d: Distributed) -> int:
+    """How often an image of a step passes through the image processor: for generation, and for the passes over it.
+
+    Before it generates, TRL also prepares the images of its tokens, and vLLM those that it is given. Without
+    `share_prompts` TRL prepares an image for each completion.
+    """
+    by_trl = 1 if t.share_prompts else t.group_size
+    if engine_generates(t, d):
+        return 1 + by_trl
+    return 2 * by_trl + t.generation.startswith("vllm")
+
+
+def loading_cost(m: Model, assumed: Assumptions, vllm: bool, policies: int, eager: bool = False) -> Cost:
+    """Time until a job's policy can be asked: imports, weights from the disk to the device, and vLLM's start.
+
+    The files are not hashed again: the job that wrote the manifest did so.
+
+    Args:
+        m: the policy.
+        assumed: rates.
+        vllm: it is in vLLM.
+        policies: copies of it that transformers loads beside it.
+        eager: vLLM compiles and captures nothing.
+    """
+    weights = (policies + vllm) * m.weights / (assumed.load_gigabytes_per_second * 1e9)
+    return Cost(0, assumed.start_seconds + weights + (vllm and not eager) * assumed.vllm_start_seconds)

@@ -1,6 +1,6 @@
-"""FLOPs of models without weights, on torch's meta device, where tensors have shapes and no values.
+"""FLOPs and kernels of models without weights, on torch's meta device, where tensors have shapes and no values.
 
-They are those of torch's FlopCounterMode: a multiplication and an addition are two; norms, rotations and activations
+FLOPs are those of torch's FlopCounterMode: a multiplication and an addition are two; norms, rotations and activations
 count nothing.
 """
 
@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from workflow_scripts.planning.devices import PlanError
+from workflow_scripts.policy.fast.enable import share_prompts
+from workflow_scripts.rollouts.decoding import Decoding
 
 Inputs = Mapping[str, torch.Tensor]  # what an image processor gives to the vision tower
 
@@ -36,6 +38,7 @@ class MetaFirst(TorchDispatchMode):
             return True
         if any(isinstance(value, torch.Tensor) and value.is_meta for value in tree_leaves(given)):
             given = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), given)
+            given[1].update(dict.fromkeys(given[1].keys() & {"device"}, torch.device("meta")))
         return func(*given[0], **given[1])
 
 
@@ -60,16 +63,36 @@ def read_config(values: Mapping[str, Any], source: str) -> Any:
     return config
 
 
-def without_weights(config: Any) -> Any:
+class KernelCounter(TorchDispatchMode):
+    """Counts operations that launch a kernel on a GPU: all but those that only allocate, or look at memory anew."""
+
+    NO_KERNEL = ("aten::_unsafe_view", "aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
+
+    def __init__(self) -> None:
+        """Start at 0."""
+        super().__init__()
+        self.kernels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an operation and run it."""
+        returned = [value.alias_info for value in func._schema.returns]
+        looks = any(alias is not None and not alias.is_write for alias in returned)
+        self.kernels += not looks and func._schema.name not in self.NO_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+def without_weights(config: Any, attention: str = "eager", dtype: str = "float32") -> Any:
     """Return the whole model on the meta device, frozen."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
-            copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32
+            copy.deepcopy(config), attn_implementation=attention, dtype=getattr(torch, dtype)
         )
     return model.requires_grad_(False)
 
 
-def shallow(config: Any, kinds: Sequence[str | None], blocks: int = 1, special: Collection[str] = ()) -> Any:
+def shallow(
+    config: Any, kinds: Sequence[str | None], blocks: int = 1, special: Collection[str] = (), **loading: str
+) -> Any:
     """Return the model with few layers.
 
     Args:
@@ -77,6 +100,7 @@ def shallow(config: Any, kinds: Sequence[str | None], blocks: int = 1, special: 
         kinds: of the layers of the language model, as in `layer_types`; None where there are none.
         blocks: of the vision tower.
         special: keys of `special_blocks` that name the first block.
+        loading: attention and dtype, as of `without_weights`.
     """
     config = copy.deepcopy(config)
     language, vision = config.get_text_config(), config.vision_config
@@ -86,7 +110,7 @@ def shallow(config: Any, kinds: Sequence[str | None], blocks: int = 1, special: 
     setattr(vision, depth_key(vision), blocks)
     for key in special_blocks(vision):
         setattr(vision, key, [0] if key in special else [])
-    return without_weights(config)
+    return without_weights(config, **loading)
 
 
 def depth_key(vision: Any) -> str:
@@ -126,6 +150,32 @@ def count_language(model: Any, tokens: int, trained: bool, checkpointing: bool) 
         if trained:
             found.sum().backward()
     return counter.get_total_flops()
+
+
+def count_kernels(
+    config: Any, kinds: Sequence[str | None], rank: int | None, target_modules: str, dtype: str, attention: str
+) -> int:
+    """Count the kernels of a decoding step of the engine, in a model with few layers, up to the logits.
+
+    Args:
+        config: of the whole model.
+        kinds: of the layers, as of `shallow`.
+        rank: of an adapter beside the weights; None for none.
+        target_modules: what the adapter is on.
+        dtype: of the weights.
+        attention: eager or sdpa; flash_attention_2, which does not run here, launches as many as sdpa.
+    """
+    model = shallow(config, kinds, attention="eager" if attention == "eager" else "sdpa", dtype=dtype).eval()
+    share_prompts(model)
+    if rank is not None:
+        model = add_adapter(model, rank, target_modules).eval()
+    question = torch.ones(2, 8, dtype=torch.long)
+    with MetaFirst():
+        decoding = Decoding(model, {"input_ids": question, "attention_mask": torch.ones_like(question)}, 2)
+        decoding.step([0, 1, 2, 3], [1, 1, 1, 1])  # makes the cache of the rows
+        with KernelCounter() as counter:
+            decoding.step([0, 1, 2, 3], [1, 1, 1, 1])
+    return counter.kernels
 
 
 def count_vision(model: Any, inputs: Inputs, checkpointing: bool) -> tuple[int, int]:

@@ -36,8 +36,16 @@ class Assumptions(BaseModel):
     """Share of the peak FLOP/s that prefill, scoring and training reach (MFU)."""
     bandwidth_used: float = 0.6
     """Share of the peak bandwidth that decoding reaches."""
-    layer_milliseconds: float = 1.0
-    """Least time that transformers takes for a layer in a decoding step, to launch its kernels from Python."""
+    kernel_microseconds: float = 20.0
+    """Time that transformers takes to launch a kernel from Python; decoding cannot be faster than its launches."""
+    vllm_row_microseconds: float = 20.0
+    """Time in which vLLM schedules, samples and reads the text of a row between two decoding steps."""
+    vllm_start_seconds: float = 90.0
+    """Time in which vLLM compiles, captures CUDA graphs and measures its memory, for each load."""
+    start_seconds: float = 15.0
+    """Time in which a job imports its libraries and prepares its model, weights aside."""
+    load_gigabytes_per_second: float = 1.0
+    """Rate at which weights come from the disk to the device."""
     memory_reserved: float = 0.1
     """Share of the memory that CUDA's context, cuBLAS and fragments take."""
     completion_share: float = 0.5

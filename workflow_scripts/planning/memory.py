@@ -12,6 +12,7 @@ from workflow_scripts.planning.workload import Questions
 
 SCORED_AT_ONCE = (4096, 32768)  # tokens and vocabulary of one tile of TRL's log-probabilities
 ENDING = 12  # tokens of a forced ending and of an answer, about
+VLLM_WORKSPACE = 4e9  # bytes that vLLM keeps for activations, logits and CUDA graphs, about
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Model:
     def kv_bytes(self) -> int:
         """Bytes of the keys and values of one token."""
         return 2 * self.architecture.layers * self.architecture.kv_width * BYTES[self.dtype]
+
+    def kernels(self, adapted: bool) -> float:
+        """Kernels of a decoding step of the transformers engine."""
+        rank = self.rank if adapted else None
+        return self.architecture.decoding_kernels(rank, self.target_modules, self.dtype, self.attention)
 
 
 # ------------------------------------------------------------------------------------------------------- a model's own
@@ -139,9 +145,8 @@ def generation_bytes(
     cache = (questions * question + rows * longest) * m.kv_bytes
     prefill = items * language_workspace_bytes(m, question, not merged)
     seeing = items * sum(vision_workspace_bytes(m, image) for image in images)
-    drawing = (
-        rows * a.vocabulary * (BYTES[m.dtype] + 2 * FULL) + cache / a.layers
-    )  # one layer's cache is copied to grow
+    copied = FULL / BYTES[m.dtype] if m.attention == "sdpa" else 1  # one layer's cache, to float32 or to grow
+    drawing = rows * a.vocabulary * (BYTES[m.dtype] + 2 * FULL) + copied * cache / a.layers
     return {"kv cache": cache, "workspace": max(prefill, seeing, drawing)}
 
 
@@ -215,9 +220,9 @@ def training_memory(
 
 
 def vllm_bytes(m: Model, gpu: Gpu, utilization: float, tokens: float, adapted: bool) -> float:
-    """What vLLM takes: its share of the GPU, or more where that does not hold weights and one longest sequence."""
+    """What vLLM takes: its share of the GPU, or what it needs at least: weights, workspace and one longest sequence."""
     weights = m.weights + adapted * FULL * m.adapter
-    return max(utilization * gpu.memory, weights + tokens * m.kv_bytes)
+    return max(utilization * gpu.memory, weights + VLLM_WORKSPACE + tokens * m.kv_bytes)
 
 
 def rollout_memory(m: Model, gpu: Gpu, r: Rollouts, test: Questions, trained: bool) -> dict[str, float]:

@@ -9,8 +9,16 @@ from workflow_scripts.configuration.model import Configuration, Dataset, Split, 
 from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.configuration.targets import measured, shards
 from workflow_scripts.planning.artifacts import Artifact, artifacts
-from workflow_scripts.planning.costs import Cost, Length, rollout_cost, training_costs, vllm_cost
-from workflow_scripts.planning.devices import FACTS, GIGABYTE, Assumptions, Gpu
+from workflow_scripts.planning.costs import (
+    Cost,
+    Length,
+    image_seconds,
+    loading_cost,
+    rollout_cost,
+    training_costs,
+    vllm_cost,
+)
+from workflow_scripts.planning.devices import CPU, FACTS, GIGABYTE, Assumptions, Gpu
 from workflow_scripts.planning.memory import Model, rollout_memory, training_memory
 from workflow_scripts.planning.tokens import read_policy
 from workflow_scripts.planning.workload import Questions, questions
@@ -68,7 +76,11 @@ def plan(c: Configuration, gpu: Gpu, assumed: Assumptions) -> Plan:
     for track, policy, test in dict.fromkeys(case[:3] for case in measured(c)):
         stages.append(test_stage(c, models[track], gpu, assumed, asked(track, test, "test"), (track, policy, test)))
     made = artifacts(c, models, {stage.name: stage.completion_tokens for stage in stages})
-    told = [*misfits(c, stages, gpu, assumed), *outside_the_language_model(models if c.trains() else {})]
+    told = [
+        *too_small_shares(c, stages, gpu),
+        *misfits(c, stages, gpu, assumed),
+        *outside_the_language_model(models if c.trains() else {}),
+    ]
     return Plan(c, models[c.tracks[0]], gpu, assumed, stages, made, told)
 
 
@@ -108,27 +120,36 @@ def test_stage(
     budget = r.sampling.max_thinking_tokens + r.sampling.max_answer_tokens
     length = completion_length(c, assumed, track, budget)
 
-    def cost(completion: Length) -> Cost:
-        if r.engine == "vllm":
-            room = r.vllm.gpu_memory_utilization * gpu.memory - m.weights
-            each = vllm_cost(m, gpu, assumed, tested, tested.items, r.block_size, completion, room, trained)
+    vllm = r.engine == "vllm"
+    eager = r.vllm.enforce_eager or gpu.name == CPU
+    jobs = len(shards(c, test)) * r.blocks
+
+    def costs(completion: Length) -> dict[str, Cost]:
+        if vllm:
+            share, batch = r.vllm.gpu_memory_utilization, r.batch_items
+            asked = (m, gpu, assumed, tested, tested.items, batch, r.block_size, completion)
+            generated = vllm_cost(*asked, share, trained, eager)
         else:
             beside = trained and m.dtype != "float32"
-            each = rollout_cost(m, gpu, assumed, tested, r.batch_items, r.block_size, completion, beside)
-        return each.times(r.blocks)
+            generated = rollout_cost(m, gpu, assumed, tested, r.batch_items, r.block_size, completion, beside)
+        return {
+            "rollouts": generated.times(r.blocks),
+            "images": Cost(0, tested.items * image_seconds(tested.images, 1)).times(r.blocks),
+            "loading": loading_cost(m, assumed, vllm, policies=not vllm, eager=eager).times(jobs),
+        }
 
     rollouts = tested.items * r.block_size * r.blocks
     return Stage(
         name=f"generate_rollouts {track} {policy} on {test}",
-        jobs=len(shards(c, test)) * r.blocks * len(c.seeds),
+        jobs=jobs * len(c.seeds),
         asked=tested,
         rollouts=rollouts,
         prompt_tokens=tested.tokens * r.blocks,
         completion_tokens=rollouts * length.mean,
         at_most=rollouts * budget,
         memory={"rollouts": rollout_memory(m, gpu, r, tested, trained)},
-        costs={"rollouts": cost(length)},
-        highest=cost(Length(budget, budget)),
+        costs=costs(length),
+        highest=sum(costs(Length(budget, budget)).values(), Cost(0, 0)),
     )
 
 
@@ -138,6 +159,23 @@ def completion_length(c: Configuration, assumed: Assumptions, track: Track, budg
         return Length(assumed.completion_share * budget, budget)
     known = FACTS["bundled_completions"][ModelConfig.of(c, track).protocol]
     return Length(min(known["mean"], budget), min(known["longest"], budget))
+
+
+def too_small_shares(c: Configuration, stages: list[Stage], gpu: Gpu) -> Iterator[str]:
+    """Shares of the GPU with which vLLM would not start."""
+    for stage in stages:
+        needed = max(parts.get("vLLM", 0.0) for parts in stage.memory.values())
+        track = stage.name.split()[1]
+        training = stage.name.startswith("train_grpo")
+        section, vllm = (
+            (f"training.{track}", getattr(c.training, track).vllm) if training else ("rollouts", c.rollouts.vllm)
+        )
+        if needed > vllm.gpu_memory_utilization * gpu.memory:
+            yield (
+                f"{stage.name}: vLLM needs {needed / GIGABYTE:.1f} GB for weights, workspace and one sequence, more "
+                f"than its share of {gpu.name}; raise {section}.vllm.gpu_memory_utilization "
+                f"({vllm.gpu_memory_utilization:g})"
+            )
 
 
 def misfits(c: Configuration, stages: list[Stage], gpu: Gpu, assumed: Assumptions) -> Iterator[str]:

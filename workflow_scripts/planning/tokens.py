@@ -58,7 +58,8 @@ def _image(reader: Reader, width: int, height: int) -> Image:
         alone = reader.processor.apply_chat_template(messages("{image}", ""), tokenize=False)
         shown = reader.processor(text=[alone], images=[[blank]])["input_ids"][0]
         tokens = len(shown) - len(reader.processor.tokenizer(alone, add_special_tokens=False)["input_ids"]) + 1
-    return Image(tokens, inputs["pixel_values"].numel() // reader.architecture.vision.values, inputs)
+    patches = inputs["pixel_values"].numel() // reader.architecture.vision.values
+    return Image(tokens, patches, width * height, inputs)
 
 
 def estimated_tokens(template: str, prompt: str) -> float:

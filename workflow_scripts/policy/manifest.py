@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.configuration.model import Policy
-from workflow_scripts.files.digests import file_digest
 from workflow_scripts.files.paths import ROOT, from_here
+from workflow_scripts.files.records import file_record, is_as_recorded
+from workflow_scripts.running.provenance import sidecar_path
 
 ADAPTER = "adapter_model.safetensors"  # as PEFT names it
 
@@ -30,8 +31,8 @@ def bundled_files(policy: Policy) -> list[str]:
     return from_here(needed_files(ROOT / policy.bundled)) if policy.source == "bundled" else []
 
 
-def model_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a model folder that loading may read, by name.
+def base_files(folder: Path) -> list[Path]:
+    """Files of a base policy's folder that loading may read, by name.
 
     Raises:
         PolicyError: there are no weights as safetensors, or the folder holds an adapter.
@@ -46,20 +47,52 @@ def model_files(folder: Path) -> dict[str, str]:
         )
     if "adapter_config.json" in names:
         raise PolicyError(f"{folder} holds an adapter, not a base policy; merge it into its base model and save that")
-    return {path.name: file_digest(path) for path in paths}
+    return paths
 
 
-@cache  # model and processor both ask; a large model's weights should be read once
+def model_records(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Digest, size and modification time of each file of a base policy's folder that loading may read, by name.
+
+    Args:
+        folder: of the model.
+        known: records that were made already, by name; other files are read.
+
+    Raises:
+        PolicyError: as `base_files`.
+    """
+    return {path.name: (known or {}).get(path.name) or file_record(path) for path in base_files(folder)}
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a base policy's folder that loading may read, by name.
+
+    Raises:
+        PolicyError: as `base_files`.
+    """
+    return {name: record["sha256"] for name, record in model_records(folder).items()}
+
+
+@cache  # model and processor both ask; weights with another time than the recorded one should be read once
 def base_path(manifest: Path) -> Path:
     """Folder of the base model that a manifest names; a relative path starts at the repository.
+
+    A file is read only if it has another size or modification time than the sidecar of the manifest records. The
+    manifest itself holds no times, so that it has the same bytes for the same model.
 
     Raises:
         PolicyError: a file was changed, added or removed after the manifest was written.
     """
     recorded = json.loads(manifest.read_text(encoding="utf-8"))
-    folder = ROOT / recorded["path"]
-    found = model_files(folder)
-    differing = sorted(dict(found.items() ^ recorded["files"].items()))
+    folder, digests, sidecar = ROOT / recorded["path"], recorded["files"], sidecar_path(manifest)
+    records = json.loads(sidecar.read_text(encoding="utf-8")).get("files", {}) if sidecar.is_file() else {}
+    found = {path.name: path for path in base_files(folder)}
+    differing = sorted(
+        name
+        for name in found.keys() | digests.keys()
+        if name not in found
+        or name not in digests
+        or not is_as_recorded(found[name], records.get(name, {}) | {"sha256": digests[name]})
+    )
     if differing:
         raise PolicyError(
             f"{folder / differing[0]} is not as it was when {manifest} was written; restore it, or delete {manifest} "

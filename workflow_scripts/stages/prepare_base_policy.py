@@ -13,7 +13,7 @@ from workflow_scripts.configuration.model import PolicyAdapter, PolicyHub
 from workflow_scripts.configuration.stages import PrepareBasePolicy
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.writing import write_json
-from workflow_scripts.policy.manifest import ADAPTER, NEEDED, model_files
+from workflow_scripts.policy.manifest import ADAPTER, NEEDED, model_records
 from workflow_scripts.policy.published_adapter import ADAPTER_CONFIG, adapter_files
 from workflow_scripts.preferences.hub import fetch
 from workflow_scripts.running.command_line import Input, Output, StageArguments
@@ -36,28 +36,30 @@ def main() -> None:
     arguments = Arguments.parse()
     config = arguments.config
     with run_stage(arguments) as run:
-        repository = revision = None
+        repository = revision = known = None
         if config.hub:
-            folder, repository, revision = located(config.hub, list(NEEDED), config, "policy.hub")
+            folder, repository, revision, known = located(config.hub, list(NEEDED), config, "policy.hub")
         elif arguments.cold_start:
             folder = arguments.cold_start.parent.resolve()
         else:
             folder = ROOT / str(config.bundled)
-        files = model_files(folder)
+        records = model_records(folder, known)
+        files = {name: record["sha256"] for name, record in records.items()}
         manifest = {"source": config.source} | recorded(folder, repository, revision, files)
         if config.hub and config.hub.adapter:
             place = config.hub.adapter
-            found, name, commit = located(place, [ADAPTER_CONFIG, ADAPTER], config, "policy.hub.adapter")
+            found, name, commit, _ = located(place, [ADAPTER_CONFIG, ADAPTER], config, "policy.hub.adapter")
             bases = (config.hub.repository, repository) if repository else ()
             manifest["adapter"] = recorded(found, name, commit, adapter_files(found, bases))
         write_json(arguments.manifest, manifest)
-        run.metrics({"megabytes": sum((folder / name).stat().st_size for name in files) / 1e6})
+        run.files_read = records  # size and modification time spare every later job from reading the weights
+        run.metrics({"megabytes": sum(record["bytes"] for record in records.values()) / 1e6})
 
 
 def located(
     place: PolicyHub | PolicyAdapter, names: list[str], config: PrepareBasePolicy, key: str
-) -> tuple[Path, str | None, str | None]:
-    """Folder, repository and commit of a place's files, fetched from the Hub where it names no folder.
+) -> tuple[Path, str | None, str | None, dict[str, Any] | None]:
+    """Folder, repository, commit and file records of a place, fetched from the Hub where it names no folder.
 
     Args:
         place: section of the configuration.
@@ -69,9 +71,9 @@ def located(
         HubError: the Hub does not give the files.
     """
     if place.path:
-        return Path(place.path).expanduser().resolve(), None, None
+        return Path(place.path).expanduser().resolve(), None, None, None
     target = Path(str(config.downloads), "hub", place.repository.replace("/", "--")).resolve()
-    return fetch("model", place.repository, place.revision, names, target, key)[:3]
+    return fetch("model", place.repository, place.revision, names, target, key)
 
 
 def recorded(folder: Path, repository: str | None, revision: str | None, files: dict[str, str]) -> dict[str, Any]:

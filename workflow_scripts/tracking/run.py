@@ -38,6 +38,7 @@ class Run:
         self.inputs = inputs
         self.summary: dict[str, float] = {}
         self.warnings: list[str] = []
+        self.files_read: dict[str, dict[str, Any]] = {}  # records of files that are no inputs of the rule
         self.mlflow_run_id: str | None = None
         self._client: Any = None  # None: no tracking, or the store has failed
         self._experiment_id = ""

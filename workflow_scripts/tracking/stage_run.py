@@ -94,6 +94,8 @@ def _recorded(arguments: StageArguments) -> Iterator[Run]:
             "mlflow_run_id": run.mlflow_run_id,
             "log": os.path.relpath(arguments.log_file, folder) if arguments.log_file else None,
         }
+        if run.files_read:
+            record["files"] = run.files_read
         write_json(sidecar_path(outputs[0]), record)
         log.info("finished in %.1f s, at most %d MB", record["seconds"], record["peak_memory_megabytes"])
     except BaseException:
