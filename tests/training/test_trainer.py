@@ -60,7 +60,8 @@ def trained(base_manifest: Path, scenes: Any, tmp_path: Path) -> Callable[..., t
 
 def differences(log: list[Output]) -> list[tuple[float, float]]:
     """The logged mean and maximum of each step."""
-    return [tuple(step[f"sampling/sampling_logp_difference/{name}"] for name in ("mean", "max")) for step in log]  # type: ignore[misc]
+    name = "sampling/sampling_logp_difference"
+    return [(step[f"{name}/mean"], step[f"{name}/max"]) for step in log]
 
 
 @pytest.mark.parametrize("keys", [{"gradient_accumulation": 2}, {"num_iterations": 2}])

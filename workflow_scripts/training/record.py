@@ -68,12 +68,13 @@ def training_record(
             f"{best['eval_largest_answer_share']:.0%} of its validation rollouts"
         )
     differences = [entry[f"{DIFFERENCE}/mean"] for entry in history if f"{DIFFERENCE}/mean" in entry]
-    if differences and fmean(differences) > EXPLAINED[config.model.dtype]:
+    explained = EXPLAINED[config.model.dtype]
+    if differences and fmean(differences) > explained:
         generation = config.training.generation
         warn(
             f"{config.track}, seed {config.seed}: the log-probabilities of sampled tokens differ by "
-            f"{fmean(differences):.2g} on average from those that are trained, and rounding to {config.model.dtype} "
-            f"explains {EXPLAINED[config.model.dtype]}; another policy is trained than samples; set "
+            f"{fmean(differences):.2g} on average from those that the trainer scores, and rounding to "
+            f"{config.model.dtype} explains {explained}; the trained policy is not the sampled one; set "
             f"training.{config.track}.generation to {'trl' if generation == 'transformers' else 'transformers'}"
         )
     return {
