@@ -99,7 +99,9 @@ def main() -> None:
         validation_items = validation.items(config, policy, sampling, warn)
         run.metrics({"training_items": len(items), "validation_items": len(validation_items)})
 
-        enable_faster_passes(model, processor, sharing=t.share_prompts, decoding=engine_generates(config))
+        images = t.prompts_per_step * config.model.template.count("{image}")
+        decoding = engine_generates(config)
+        enable_faster_passes(model, processor, sharing=t.share_prompts, decoding=decoding, step_images=images)
         dataset = trl_dataset(items, train.images, config.model.template, t.prompts_per_step)
         curves = Curves(run.metrics)
         trainer = ValidatingTrainer(

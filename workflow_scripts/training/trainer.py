@@ -8,12 +8,13 @@ from transformers import TrainerCallback, TrainerControl
 from trl import GRPOTrainer
 
 from workflow_scripts.training.settings import ProcessesError
+from workflow_scripts.training.vllm_generation import VllmTrainer
 
 # Class of the wrapped model in training; a single process trains the PeftModel itself.
 WRAPPERS = {None: "PeftModel", "ddp": "DistributedDataParallel", "fsdp": "FSDPModule", "deepspeed": "DeepSpeedEngine"}
 
 
-class ValidatingTrainer(GRPOTrainer):
+class ValidatingTrainer(VllmTrainer):
     """GRPOTrainer whose `evaluate` measures the order of images. TRL offers no hook for metrics."""
 
     control: TrainerControl
@@ -34,20 +35,6 @@ class ValidatingTrainer(GRPOTrainer):
         model.train(training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # TRL gives colocated vLLM the processor's tokens, which have several per image, and vLLM expands the first of them
-    # again. The policy would answer another question than it is trained on (huggingface/trl#6294, open with TRL 1.16).
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        if self.use_vllm and self.vllm_mode == "colocate":
-            processor: Any = self.processing_class
-            texts = processor.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
-            self._questions = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return super()._tokenize_prompts(prompts)
-
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.use_vllm and self.vllm_mode == "colocate":
-            prompt_ids = self._questions
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
 
 class Curves(TrainerCallback):
