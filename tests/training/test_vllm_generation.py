@@ -1,6 +1,7 @@
 """Generation by vLLM in training, as TRL runs it, with vLLM's part played by a stub."""
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +11,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
 from workflow_scripts.configuration.model import load
-from workflow_scripts.configuration.stages import ModelConfig
-from workflow_scripts.policy.loading import load_model
+from workflow_scripts.configuration.stages import ModelConfig, TrainGrpo
+from workflow_scripts.policy.loading import load_model, load_processor
+from workflow_scripts.stages import train_grpo
 from workflow_scripts.training.vllm_generation import MergedCopies, merged_weight
 
 Received = dict[str, torch.Tensor]
@@ -135,3 +138,102 @@ def test_at_most_one_layer_is_held_twice(base_manifest: Path, monkeypatch: pytes
     transfer_to(receive, MergedCopies, "colocate")(model)
     assert len(layers) > 3 and on_arrival == layers
     assert not any(at_start)
+
+
+class StubVllm:
+    """Colocated vLLM as TRL calls it: takes weights, and answers any question with one of a few texts.
+
+    It reports no log-probabilities, for which TRL would correct.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        texts = ["<think>a red circle</think><answer>7</answer>", "<think>none</think><answer>1</answer>", "blue"]
+        self.completions = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+        self.weights: list[Received] = []
+        self.asked: list[dict[str, Any]] = []
+        self.settings: list[Any] = []
+        runner = SimpleNamespace(model=self)
+        executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
+        self.llm_engine = SimpleNamespace(model_executor=executor)
+
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        ((name, weight),) = weights
+        if not self.weights or name in self.weights[-1]:
+            self.weights.append({})
+        self.weights[-1][name] = weight.clone()
+
+    def reset_prefix_cache(self) -> None:
+        self.prefix_cache_is_empty = True
+
+    def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool) -> list[Any]:
+        self.asked += prompts
+        self.settings.append(sampling_params)
+        chosen = [self.completions[i % len(self.completions)] for i in range(len(prompts))]
+        return [
+            SimpleNamespace(
+                prompt_token_ids=prompt["prompt_token_ids"],
+                outputs=[
+                    SimpleNamespace(
+                        token_ids=ids, logprobs=[{token: SimpleNamespace(logprob=math.nan, rank=1)} for token in ids]
+                    )
+                ],
+            )
+            for prompt, ids in zip(prompts, chosen, strict=True)
+        ]
+
+
+def test_a_training_with_colocated_vllm(
+    run_main: Any, training_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of the stage: what vLLM is asked and given, and how often the vision tower runs."""
+    sizes = {"steps": 2, "prompts_per_step": 4, "group_size": 3, "gradient_accumulation": 4, "validate_every": 2}
+    # A rate at which one step changes weights in bfloat16.
+    training = sizes | {"generation": "vllm_colocate", "warmup_steps": 0, "learning_rate": 1e-2}
+    config = TrainGrpo.of(
+        load({"policy": {"dtype": "bfloat16"}, "training": {"imagereward": training}}), "imagereward", 0
+    )
+    processor: Any = load_processor(training_inputs["base"], config.model)
+    vllm = StubVllm(processor.tokenizer)
+    models = []
+
+    def init_vllm(generation: VLLMGeneration) -> None:
+        generation.llm = vllm
+        models.append(generation.model)
+
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", init_vllm)
+    monkeypatch.setattr("trl.generation.vllm_generation.SamplingParams", SimpleNamespace, raising=False)
+    monkeypatch.setattr(train_grpo, "check_generation", lambda config: None)
+    passes: list[tuple[int, bool]] = []
+    encode = Qwen2_5_VisionTransformerPretrainedModel.forward
+
+    def counted(tower: Any, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **options: Any) -> Any:
+        if tower.training:  # not in a validation
+            passes.append((len(grid_thw), torch.is_grad_enabled()))
+        return encode(tower, hidden_states, grid_thw, **options)
+
+    monkeypatch.setattr(Qwen2_5_VisionTransformerPretrainedModel, "forward", counted)
+    files = {"adapter": tmp_path / "adapter.safetensors", "adapter_config": tmp_path / "adapter_config.json"}
+    files |= {"record": tmp_path / "training.json", "checkpoints": tmp_path / "checkpoints"}
+    run_main("train_grpo", config, **training_inputs, **files)
+
+    (settings, _) = vllm.settings
+    assert settings.logit_bias == {processor.image_token_id: -100.0} and settings.temperature == 1
+    assert all(row["prompt_token_ids"].count(processor.image_token_id) == 1 for row in vllm.asked)
+    shown = [row["multi_modal_data"]["image"].tobytes() for row in vllm.asked]
+    assert len(shown) == 24
+    assert sum(images for images, _ in passes) == sum(len(set(shown[step : step + 12])) for step in (0, 12))
+    assert not any(with_gradient for _, with_gradient in passes)
+
+    first, second = vllm.weights
+    base = dict(load_model(training_inputs["base"], config.model).named_parameters())
+    assert_equal(first, {name: weight.data for name, weight in base.items()})
+    assert any(not torch.equal(second[name], first[name]) for name in first)
+    (model,) = models  # after the training, the base is what it was
+    assert_equal(
+        {
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): weight.data
+            for name, weight in model.named_parameters()
+            if "lora_" not in name
+        },
+        first,
+    )

@@ -688,10 +688,20 @@ class Configuration(Section):
         for track in self.tracks:
             t: Training = getattr(self.training, track)
             part = t.prompts_per_step * t.group_size // t.gradient_accumulation
-            if t.generation.startswith("vllm") and self.policy.device == "cpu":
+            if t.generation == "vllm_server" and self.policy.device == "cpu":
                 raise ValueError(
-                    f"training.{track}.generation {t.generation} is for a GPU but policy.device is cpu; set it to "
-                    "transformers"
+                    f"training.{track}.generation vllm_server sends weights from GPU to GPU but policy.device is cpu; "
+                    "set it to transformers"
+                )
+            if t.generation == "vllm_colocate" and self.policy.dtype == "float32":
+                raise ValueError(
+                    f"training.{track}.generation vllm_colocate needs policy.dtype bfloat16 or float16, not float32: "
+                    "TRL lets vLLM choose the type, which is never float32; set it to transformers"
+                )
+            if t.generation.startswith("vllm") and strategy == "fsdp":
+                raise ValueError(
+                    f"training.{track}.generation {t.generation} needs whole weights in each process, which "
+                    "distributed.strategy fsdp does not leave there; set the strategy to ddp, or generation to trl"
                 )
             if part % processes:
                 raise ValueError(

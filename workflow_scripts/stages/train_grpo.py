@@ -91,7 +91,8 @@ def main() -> None:
         check_adapted_layers(model, t.lora.target_modules)
         if t.generation == "vllm_colocate":
             with settings.main_process_first():
-                model.name_or_path = str(served_folder(base_path(arguments.base), processor, folder / "served"))
+                served = served_folder(base_path(arguments.base), model, processor, folder / "served")
+            model.name_or_path = str(served)
 
         policy = as_policy(model, processor, config.model)
         sampling = as_in_training(t.temperature, t.max_completion_tokens)

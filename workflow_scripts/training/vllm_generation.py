@@ -1,5 +1,6 @@
 """Generation by vLLM in training: what TRL's trainer and its transfer of weights do, where TRL 1.16 does it wrongly."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,13 +11,19 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 
 class VllmTrainer(GRPOTrainer):
-    """GRPOTrainer that asks vLLM its own questions, and leaves the base weights as they are."""
+    """GRPOTrainer that, where vLLM generates, asks it the right questions and leaves the base weights as they are."""
 
     def __init__(self, **options: Any) -> None:
         """Make the trainer; `options` are those of `GRPOTrainer`."""
+        # vLLM would send statistics and, on a CPU, put all jobs on one core.
+        os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         super().__init__(**options)
-        if self.use_vllm:  # the trainer makes it itself
-            self.vllm_generation.__class__ = MergedCopies
+        if self.use_vllm:
+            self.vllm_generation.__class__ = MergedCopies  # TRL's trainer makes it and takes no other
+            # A completion with an image's placeholder token would ask for another image in the passes over completions.
+            # TRL rules the token out for its own loop only. -100 is the lowest bias that vLLM takes.
+            processor: Any = self.processing_class
+            self.vllm_generation.generation_kwargs["logit_bias"] = {processor.image_token_id: -100.0}
 
     # TRL gives colocated vLLM the processor's tokens, which have several per image, and vLLM expands the first of them
     # again. The policy would answer another question than it is trained on (huggingface/trl#6294, open with TRL 1.16).
