@@ -87,7 +87,8 @@ def test_trl_is_told_who_generates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("generation", "keys", "message"),
     [
-        ("vllm_server", {"policy": {"dtype": "bfloat16"}}, "sends weights from GPU to GPU but policy.device is cpu"),
+        ("vllm_server", {"policy": {"dtype": "bfloat16"}}, "is for a GPU but policy.device is cpu"),
+        ("vllm_colocate", {"policy": {"dtype": "bfloat16"}}, "is for a GPU but policy.device is cpu"),
         ("vllm_colocate", {"policy": {"device": "cuda"}}, "needs policy.dtype bfloat16 or float16, not float32"),
         (
             "vllm_colocate",

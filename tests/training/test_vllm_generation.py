@@ -189,9 +189,9 @@ def test_a_training_with_colocated_vllm(
     sizes = {"steps": 2, "prompts_per_step": 4, "group_size": 3, "gradient_accumulation": 4, "validate_every": 2}
     # A rate at which one step changes weights in bfloat16.
     training = sizes | {"generation": "vllm_colocate", "warmup_steps": 0, "learning_rate": 1e-2}
-    config = TrainGrpo.of(
-        load({"policy": {"dtype": "bfloat16"}, "training": {"imagereward": training}}), "imagereward", 0
-    )
+    keys = {"policy": {"dtype": "bfloat16", "device": "cuda"}, "training": {"imagereward": training}}
+    config = TrainGrpo.of(load(keys), "imagereward", 0)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
     processor: Any = load_processor(training_inputs["base"], config.model)
     vllm = StubVllm(processor.tokenizer)
     models = []

@@ -67,7 +67,7 @@ class MergedCopies(VLLMGeneration):
                 continue
             merged = merged_weight(adapted[name])
             yield published, merged
-            merged.set_()  # the receiver's variable would keep it while the next one is made
+            merged.data = merged.new_empty(0)  # the receiver's variable would keep it while the next one is made
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def enable_faster_passes(
 def share_prompts(model: PreTrainedModel, step_images: int = 0) -> None:
     """Let a Qwen2-VL or Qwen2.5-VL share prompts; other families, which take images in other ways, do not change."""
     backbone: Any = model.base_model
-    if isinstance(backbone, Qwen2VLModel | Qwen2_5_VLModel):
+    if isinstance(model.base_model, Qwen2VLModel | Qwen2_5_VLModel):
         _mix_in(SharedPrompts, backbone)
         backbone.step_images = step_images
         if backbone.language_model.config._attn_implementation == "sdpa":
