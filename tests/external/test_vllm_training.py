@@ -97,7 +97,7 @@ def test_transferred_weights_answer_as_the_policy_with_its_adapter(
         answers(transformers_engine, load_policy(base_manifest, adapter, CONFIG)),
     )
     assert sum(one == two for one, two in zip(after, expected, strict=True)) >= len(expected) - 1  # one tie may differ
-    assert sum(one != two for one, two in zip(after, before, strict=True)) > 1
+    assert after != before
 
 
 def test_sampled_log_probabilities_are_those_that_the_trainer_scores(
@@ -118,8 +118,10 @@ def test_sampled_log_probabilities_are_those_that_the_trainer_scores(
         assert [value for (value,) in sampled] == pytest.approx(scored.tolist(), abs=1e-3)
 
 
-def test_a_policy_that_prefers_the_image_token_does_not_emit_it(vllm: Any, base_manifest: Path, scenes: Any) -> None:
-    model: Any = load_model(base_manifest, CONFIG)
+def test_a_policy_that_prefers_the_image_token_does_not_emit_it(
+    vllm: Any, base_manifest: Path, adapter: Path, scenes: Any
+) -> None:
+    model = in_training(base_manifest, adapter)
     image, opening = vllm.processor.image_token_id, vllm.tokenizer.convert_tokens_to_ids("<think>")
     with torch.no_grad():  # wherever a thought is likely to open, the image's token is likelier
         embedding = model.get_input_embeddings().weight

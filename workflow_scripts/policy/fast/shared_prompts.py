@@ -119,7 +119,10 @@ class SharedPrompts:
         images_of = np.asarray(same).reshape(len(input_ids), -1)
         last_image = int(mm_token_type_ids.any(0).nonzero().max())
         shared, first, group = shared_prefix(input_ids, attention_mask, images_of, last_image + 1)
-        checkpointing = model.training and model.is_activation_checkpointing  # works without a cache only
+        # Checkpointing works without a cache only. Its property has two names in the two environments.
+        checkpointing = model.training and any(
+            getattr(part, "gradient_checkpointing", False) for part in model.modules()
+        )
         unshared = checkpointing or options.get("use_cache") is not False or options.get("position_ids") is not None
         if unshared or len(first) == len(input_ids):
             with _showing([feature_of[i] for i in same]):
