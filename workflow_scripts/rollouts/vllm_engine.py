@@ -7,6 +7,7 @@ do not depend on when requests arrive.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU it warns twice per request
+        "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gigabytes),
     }
@@ -68,6 +69,7 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
             f"vLLM cannot be imported here ({error}); set vllm_python to the interpreter of an environment with it "
             "(docs/vllm.md), or rollouts.engine to transformers"
         ) from error
+    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)  # it warns twice per request
     torch.set_num_threads(config.numeric_threads)
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else RANKS[0]
     if rank > RANKS[-1]:
@@ -83,6 +85,8 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         "tensor_parallel_size": settings.tensor_parallel_size,
         "enforce_eager": settings.enforce_eager,
     }
+    # Chunks of a question share the seed of its rollout. vLLM's sampler on a CPU cannot, and fails.
+    on_cpu = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
     llm = LLM(
         model=str(folder),
         dtype=config.dtype,
@@ -90,8 +94,6 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         max_model_len=text_config.max_position_embeddings,
         generation_config="vllm",  # not the model's defaults; every request gives every setting
         enable_prefix_caching=True,
-        # A question prefilled in two chunks would draw one more random number; on a CPU vLLM fails.
-        enable_chunked_prefill=False,
         logprobs_mode="raw_logprobs",  # before temperature and other sampling settings
         hf_overrides={"head_dtype": "float32"},  # logits as in the transformers engine
         limit_mm_per_prompt={"image": config.template.count("{image}"), "video": 0},
@@ -100,7 +102,7 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         max_lora_rank=min(room for room in RANKS if room >= rank),
         trust_remote_code=False,
         disable_log_stats=True,
-        **(on_gpu if config.device == "cuda" else {"enforce_eager": True, "block_size": 32}),
+        **(on_gpu if config.device == "cuda" else on_cpu),
     )
     ends = _end_ids(folder, model_config) | {processor.tokenizer.eos_token_id}
     request = LoRARequest("adapter", 1, str(adapter.resolve())) if adapter else None

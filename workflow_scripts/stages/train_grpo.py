@@ -93,7 +93,8 @@ def main() -> None:
         check_adapted_layers(model, t.lora.target_modules)
         if t.generation == "vllm_colocate":
             with settings.main_process_first():
-                model.name_or_path = str(served_folder(base_path(arguments.base), processor, folder / "served"))
+                served = served_folder(base_path(arguments.base), model, processor, folder / "served")
+            model.name_or_path = str(served)
 
         policy = as_policy(model, processor, config.model)
         sampling = as_in_training(t.temperature, t.max_completion_tokens)
@@ -102,7 +103,9 @@ def main() -> None:
         run.metrics({"training_items": len(items), "validation_items": len(validation_items)})
         settings.max_steps = steps = optimizer_steps(t, len(items))
 
-        enable_faster_passes(model, processor, sharing=t.share_prompts, decoding=engine_generates(config))
+        images = t.prompts_per_step * config.model.template.count("{image}")
+        decoding = engine_generates(config)
+        enable_faster_passes(model, processor, sharing=t.share_prompts, decoding=decoding, step_images=images)
         dataset = trl_dataset(items, train.images, config.model.template, t.prompts_per_step)
         curves = Curves(run.metrics)
         trainer = ValidatingTrainer(

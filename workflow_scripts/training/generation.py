@@ -95,8 +95,12 @@ def adapter_merged(model: Any, dtype: str) -> Iterator[None]:
             layer.get_base_layer().weight.data.copy_(weight)
 
 
-def served_folder(base: Path, processor: Any, folder: Path) -> Path:
-    """Fill a folder with the base policy and a processor of the configured image size, which vLLM reads beside it."""
+def served_folder(base: Path, model: Any, processor: Any, folder: Path) -> Path:
+    """Fill a folder with the base policy for colocated vLLM, which TRL tells neither an image size nor a type.
+
+    It has a processor of the configured image size, and a configuration with the type of the loaded model.
+    """
+    model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
     for path in base.iterdir():
         if path.is_file() and not (folder / path.name).exists():

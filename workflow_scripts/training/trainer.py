@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from workflow_scripts.training.checkpoints import step_of
 from workflow_scripts.training.settings import DIFFERENCE, ProcessesError
 from workflow_scripts.training.validation import Credit
+from workflow_scripts.training.vllm_generation import VllmTrainer
 
 CREDIT = "eval_credit_by_prompt"  # in the trainer's log, which checkpoints keep
 
@@ -18,7 +19,7 @@ CREDIT = "eval_credit_by_prompt"  # in the trainer's log, which checkpoints keep
 WRAPPERS = {None: "PeftModel", "ddp": "DistributedDataParallel", "fsdp": "FSDPModule", "deepspeed": "DeepSpeedEngine"}
 
 
-class ValidatingTrainer(GRPOTrainer):
+class ValidatingTrainer(VllmTrainer):
     """GRPOTrainer whose `evaluate` measures the order of images, and which compares sampled with scored probabilities.
 
     TRL offers no hook for metrics.
@@ -93,20 +94,6 @@ class ValidatingTrainer(GRPOTrainer):
         for _ in range(self.resumed_from // steps):
             next(iter(sampler))
         return sampler
-
-    # TRL gives colocated vLLM the processor's tokens, which have several per image, and vLLM expands the first of them
-    # again. The policy would answer another question than it is trained on (huggingface/trl#6294, open with TRL 1.16).
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        if self.use_vllm and self.vllm_mode == "colocate":
-            processor: Any = self.processing_class
-            texts = processor.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
-            self._questions = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return super()._tokenize_prompts(prompts)
-
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.use_vllm and self.vllm_mode == "colocate":
-            prompt_ids = self._questions
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
 
 class Curves(TrainerCallback):

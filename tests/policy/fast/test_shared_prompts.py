@@ -207,8 +207,55 @@ def test_passes_over_the_same_images_encode_them_once(batch: Any, base_manifest:
     assert len(encoded) == 1  # a part of them
     backbone(**some, pixel_values=inputs["pixel_values"][:patches] + 0.1, use_cache=False)
     assert len(encoded) == 2
-    assert len(backbone._kept[1]) == patches  # and no others
+    assert sum(len(image.patches) for image in backbone._kept[1]) == patches  # and no others
     assert encoded[1] == patches
+
+
+def passes(inputs: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
+    """The inputs of a batch in passes of so many rows, as gradient accumulation divides a step."""
+    images = inputs["image_grid_thw"].unflatten(0, (12, -1))
+    patches = inputs["pixel_values"].unflatten(0, (12, -1))
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return [
+        {
+            **{name: inputs[name][start : start + rows] for name in names},
+            "image_grid_thw": images[start : start + rows].flatten(0, 1),
+            "pixel_values": patches[start : start + rows].flatten(0, 1),
+        }
+        for start in range(0, 12, rows)
+    ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_passes_of_a_step_encode_each_of_its_images_once(
+    batch: Any, base_manifest: Any, checkpointing: bool
+) -> None:
+    """Without a prefill of the whole step, as where vLLM generates: first without gradients, then with them."""
+    track, inputs, _ = batch
+    images = 6 if track == "hpsv2" else 3  # three prompts
+    model = adapted(base_manifest, track, True, checkpointing)
+    plain = adapted(base_manifest, track, False, checkpointing)
+    backbone, encoded = counted(model)
+    backbone.step_images = images
+    with_gradient: list[bool] = []
+    backbone.visual.register_forward_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
+    own = [part["attention_mask"] == 1 for part in passes(inputs, 3)]
+    for gradients in (False, True, True):
+        for part, real in zip(passes(inputs, 3), own, strict=True):
+            with torch.set_grad_enabled(gradients):
+                states = backbone(**part, use_cache=False).last_hidden_state
+                expected = plain.get_base_model().base_model(**part, use_cache=False).last_hidden_state
+            torch.testing.assert_close(states[real], expected[real], rtol=0, atol=5e-4)
+    assert sum(encoded) == images * len(inputs["pixel_values"]) // len(inputs["image_grid_thw"])
+    # The next step's images take the place of these, and so do those of any pass outside training.
+    following = [part | {"pixel_values": part["pixel_values"] + 0.1} for part in passes(inputs, 3)]
+    for part in following:
+        backbone(**part, use_cache=False)
+        assert len(backbone._kept[1]) == images
+    assert not any(with_gradient)
+    with torch.no_grad():
+        model.eval()(**passes(inputs, 1)[0], use_cache=False)
+    assert len(backbone._kept[1]) == images // 3
 
 
 def written(weight: torch.nn.Parameter) -> None:

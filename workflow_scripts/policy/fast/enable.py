@@ -12,7 +12,12 @@ from workflow_scripts.policy.fast.shared_prompts import PatchesByMatrix, SharedP
 
 
 def enable_faster_passes(
-    model: PreTrainedModel, processor: ProcessorMixin, *, sharing: bool = True, decoding: bool = True
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    *,
+    sharing: bool = True,
+    decoding: bool = True,
+    step_images: int = 0,
 ) -> None:
     """Let a policy that is not adapted yet compute what it computes in less time, equal up to the order of sums.
 
@@ -21,19 +26,21 @@ def enable_faster_passes(
         processor: changed in place.
         sharing: compute equal images and prompts once (Qwen2-VL and Qwen2.5-VL; no effect on other families).
         decoding: compute the output head for a few rows as (W xᵀ)ᵀ on a CPU.
+        step_images: number of images of a training step, whose features are kept until the next step.
     """
     if sharing:
-        share_prompts(model)
+        share_prompts(model, step_images)
         process_images_once(processor)
     if decoding:
         transpose_head(model)
 
 
-def share_prompts(model: PreTrainedModel) -> None:
+def share_prompts(model: PreTrainedModel, step_images: int = 0) -> None:
     """Let a Qwen2-VL or Qwen2.5-VL share prompts; other families, which take images in other ways, do not change."""
     backbone: Any = model.base_model
-    if isinstance(backbone, Qwen2VLModel | Qwen2_5_VLModel):
+    if isinstance(model.base_model, Qwen2VLModel | Qwen2_5_VLModel):
         _mix_in(SharedPrompts, backbone)
+        backbone.step_images = step_images
         if backbone.language_model.config._attn_implementation == "sdpa":
             backbone.language_model.set_attn_implementation(PROMPT_ONCE)
         _mix_in(PatchesByMatrix, backbone.visual.patch_embed)

@@ -3,13 +3,14 @@
 A GRPO batch repeats every prompt `group_size` times, and the prompt is the longer part of most rows. Under causal
 attention, equal prefixes have equal states: the pass computes them once, and the rest of each row attends to them.
 A step passes over its images several times, and pairs of one prompt show the same anchor, so the features of a frozen
-vision tower are kept for the next pass. The head scores completions only, not prompts. Values and gradients are those
+vision tower are kept for later passes. The head scores completions only, not prompts. Values and gradients are those
 of the plain pass, up to the order of sums.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,11 +54,25 @@ class PatchesByMatrix:
         return torch.nn.functional.linear(hidden_states.to(kernel.dtype), kernel, layer.proj.bias)
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image with its features."""
+
+    patches: torch.Tensor
+    """(patches, values of a patch)."""
+    grid: list[int]
+    """Number of frames, and of patches vertically and horizontally."""
+    features: torch.Tensor
+    """(merged patches, width)."""
+
+
 class SharedPrompts:
     """Mixin for the part of a vision-language model below its head, such as `Qwen2_5_VLModel`."""
 
-    _kept: tuple[Any, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
-    """State of the tower, patches, grids and features of the images that it encoded last while frozen."""
+    step_images: int = 0
+    """Number of images of a training step: passes in training mode keep the features of so many."""
+    _kept: tuple[Any, list[EncodedImage]] | None = None
+    """State of the frozen tower, and images that it encoded in that state; those of the last pass are the last."""
 
     def forward(self, *inputs: Any, predicting_from: int | None = None, **options: Any) -> Any:
         """Run the model's own pass with equal inputs computed once.
@@ -99,12 +114,15 @@ class SharedPrompts:
         pictures = pixel_values.split(image_grid_thw.prod(-1).tolist())
         same = first_equal(pictures, image_grid_thw.tolist())
         once = sorted(set(same))
-        encoded = self._encoded(torch.cat([pictures[i] for i in once]), image_grid_thw[once])
+        encoded = self._encoded([pictures[i] for i in once], image_grid_thw[once])
         feature_of = dict(zip(once, encoded, strict=True))
         images_of = np.asarray(same).reshape(len(input_ids), -1)
         last_image = int(mm_token_type_ids.any(0).nonzero().max())
         shared, first, group = shared_prefix(input_ids, attention_mask, images_of, last_image + 1)
-        checkpointing = model.training and model.is_activation_checkpointing  # works without a cache only
+        # Checkpointing works without a cache only. Its property has two names in the two environments.
+        checkpointing = model.training and any(
+            getattr(part, "gradient_checkpointing", False) for part in model.modules()
+        )
         unshared = checkpointing or options.get("use_cache") is not False or options.get("position_ids") is not None
         if unshared or len(first) == len(input_ids):
             with _showing([feature_of[i] for i in same]):
@@ -142,31 +160,42 @@ class SharedPrompts:
             return super().get_image_features(pixel_values, image_grid_thw, **options)  # type: ignore[misc]
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
-    def _encoded(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Features of each image, (merged patches, width); kept ones if the last pass had all of these images.
+    def _encoded(self, pictures: list[torch.Tensor], image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
+        """Features of different images, (merged patches, width) each; those of a frozen tower have no gradient.
 
-        `pixel_values` is (patches, values), `image_grid_thw` is (images, 3).
+        In training mode only images that are not kept are encoded, because each pass of a step shows a part of its
+        images. Otherwise, one unknown image lets all images of the pass be encoded together, and replace the kept ones.
+
+        Args:
+            pictures: patches of each image, (patches, values).
+            image_grid_thw: (images, 3).
         """
         model: Any = self
-        tower = frozen(model.visual, pixel_values)
-        kept = self._kept  # read once, because another thread may replace it
-        if tower is not None and kept is not None and kept[0] == tower:
-            _, patches, grids, features = kept
-            pictures = [
-                picture
-                for shown, grid in ((patches, grids), (pixel_values, image_grid_thw))
-                for picture in shown.split(grid.prod(-1).tolist())
-            ]
-            found = first_equal(pictures, [*grids.tolist(), *image_grid_thw.tolist()])[len(grids) :]
-            if max(found) < len(grids):
-                return tuple(features[i] for i in found)
-        self._kept = None  # freed before encoding, so that the features of two passes are never in memory together
+        tower = frozen(model.visual, pictures[0])
+        state, kept = self._kept or (None, [])  # read once, because another thread may replace it
+        if tower is None or state != tower:
+            kept = []
+        grids = image_grid_thw.tolist()
+        shown = [image.patches for image in kept] + pictures
+        found = first_equal(shown, [image.grid for image in kept] + grids)[len(kept) :]
+        unknown = [i for i, image in enumerate(found) if image >= len(kept)]
+        if not unknown:
+            return [kept[image].features for image in found]
+        if tower is None or not model.training:
+            kept, unknown = [], list(range(len(pictures)))
+            self._kept = None  # freed before encoding, so that the features of two passes are never in memory together
         plain: Any = super().get_image_features  # type: ignore[misc]
-        encoded = plain(pixel_values, image_grid_thw, return_dict=True).pooler_output
+        patches = torch.cat([pictures[i] for i in unknown])
+        # Gradient checkpointing makes the tower's inputs require gradients; nothing uses those gradients.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tower is None):
+            features = plain(patches, image_grid_thw[unknown], return_dict=True).pooler_output
+        parts = patches.split(image_grid_thw[unknown].prod(-1).tolist())
+        encoded = dict(zip(unknown, map(EncodedImage, parts, [grids[i] for i in unknown], features), strict=True))
+        of_pass = [encoded.get(i) or kept[image] for i, image in enumerate(found)]
         if tower is not None:
-            # Gradient checkpointing makes the tower's inputs require gradients; nothing uses those gradients.
-            self._kept = tower, pixel_values, image_grid_thw, tuple(feature.detach() for feature in encoded)
-        return tuple(encoded)
+            earlier = [image for j, image in enumerate(kept) if j not in found]
+            self._kept = tower, (earlier + of_pass)[-max(self.step_images, len(of_pass)) :]
+        return [image.features for image in of_pass]
 
 
 # Features that `get_image_features` returns during a pass of this thread.
