@@ -128,8 +128,15 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
     Raises:
         PolicyError: the base policy or the adapter cannot be loaded.
     """
-    model: Any = load_model(manifest, config)
-    processor = load_processor(manifest, config)
+    return ready_policy(load_model(manifest, config), load_processor(manifest, config), adapter, config)
+
+
+def ready_policy(model: Any, processor: ProcessorMixin, adapter: Path | None, config: ModelConfig) -> Policy:
+    """Make a policy of a base model that is loaded, as `load_policy` does.
+
+    Raises:
+        PolicyError: the adapter cannot be loaded.
+    """
     enable_faster_passes(model, processor)
     if adapter is not None:
         if not (adapter / ADAPTER).is_file():  # PEFT would try a pickle, or the Hub
