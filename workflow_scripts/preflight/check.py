@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from workflow_scripts.training.items import Split, training_items
 from workflow_scripts.training.sampling import as_in_training
 from workflow_scripts.training.settings import grpo_config
 
+PHASES = ("loading", "generation", "reference", "update", "validation")  # of a training, in their order
 WARM_UP = 8  # tokens of a completion of random weights while kernels are compiled
 
 
@@ -42,30 +44,36 @@ class Checked:
     misfits: list[str] = field(default_factory=list)
 
 
-def check_track(source: Source, p: Plan, track: Track, room: float) -> Checked:
+def check_track(source: Source, p: Plan, track: Track, room: float, start: float) -> Checked:
     """Measure a training step, a validation batch, and a batch of rollouts of each policy.
 
-    What does not fit into the device's memory, `room` bytes, is told with the key to lower; the rest is measured.
+    Args:
+        source: of the policy.
+        p: the plan.
+        track: whose training and rollouts.
+        room: bytes of the device's memory; what does not fit is told with the key to lower, and the rest is measured.
+        start: seconds of a job before it loads its policy.
     """
     c, found = source.configuration, Checked(track)
     t: Training = getattr(c.training, track)
     length = completion_length(c, p.assumed, track, t.max_completion_tokens)
     mean = f"end at random after {length.mean:.0f} tokens on average" if source.random else "are the policy's own"
     found.completions = f"completions {mean}, at most {t.max_completion_tokens}"
-    meter = Meter(c.policy.device, c.numeric_threads)
-
-    with _memory_told(found, meter, p, room):
-        _training(source, track, length, meter, found)
-    found.phases |= {name: meter.phases[name] for name in meter.phases}
     tested: dict[str, Dataset] = {}
     for case_track, policy, test, *_ in measured(c):
         if case_track == track:
             tested.setdefault(policy, test)
-    for policy, test in tested.items():
+    works = {policy: partial(_rollouts, source, p, (track, policy, test)) for policy, test in tested.items()}
+    if "grpo" in tested:
+        works = {"training": partial(_training, source, p, track, room)} | works
+    for work in works.values():
         meter = Meter(c.policy.device, c.numeric_threads)
         with _memory_told(found, meter, p, room):
-            _rollouts(source, p, (track, policy, test), meter, found)
-        found.phases |= {name: meter.phases[name] for name in meter.phases if name != "load"}
+            work(meter, found)
+        if "loading" in meter.phases:
+            meter.phases["loading"].seconds += start
+        found.phases = dict(meter.phases) | found.phases
+    found.phases = {name: found.phases[name] for name in [*PHASES, *found.phases] if name in found.phases}
     return found
 
 
@@ -78,7 +86,7 @@ def _memory_told(found: Checked, meter: Meter, p: Plan, room: float) -> Iterator
         phase, c = str(meter.now), p.configuration
         name = f"generate_rollouts {found.track} {phase.split()[-1]}" if "rollouts" in phase else "train_grpo"
         stage = next(s for s in p.stages if s.name.startswith(name) and f" {found.track}" in s.name)
-        planned = {"reference": "update", "load": next(iter(stage.memory))}.get(phase, phase.split()[0])
+        planned = {"reference": "update", "loading": next(iter(stage.memory))}.get(phase, phase.split()[0])
         told = str(error).split(". ")[0]
         lower = remedy(c, stage, planned, stage.memory[planned], room)
         found.misfits.append(f"{stage.name}, {phase}: does not fit ({told}); {lower}")
@@ -99,15 +107,16 @@ def one_process(config: TrainGrpo, steps: int) -> TrainGrpo:
     return config.model_copy(update={"training": t.model_copy(update=changed), "distributed": None})
 
 
-def _training(source: Source, track: Track, length: Length, meter: Meter, found: Checked) -> None:
+def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, found: Checked) -> None:
     """Train: one generation to warm up, one that is measured, and all steps on each; then validate one batch."""
     c = source.configuration
     t: Training = getattr(c.training, track)
     config = one_process(TrainGrpo.of(c, track, c.seeds[0]), 2 * t.num_iterations)
+    length = completion_length(c, p.assumed, track, t.max_completion_tokens)
     step_items = config.training.prompts_per_step
     batch = step_items * t.group_size // 2
     train, validation = (questions(c, source.reader, track, track, split) for split in ("train", "validation"))
-    with meter.phase("load"):
+    with meter.phase("loading"):
         base = source.base(track, length)
     model, processor = base.model, base.processor
     config = config.model_copy(update={"model": base.config})
@@ -133,22 +142,29 @@ def _training(source: Source, track: Track, length: Length, meter: Meter, found:
         vocabulary = model.config.get_text_config().vocab_size
         trainer.eos_token_ids = ending_tokens(vocabulary, Length(min(WARM_UP, length.mean), length.longest), set())
     trainer.add_callback(AfterWarmUp(meter, trainer, t.num_iterations, ends))
-    meter.turn("update")
-    trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "num_tokens" in entry]
-    meter.phases["generation"].tokens = logged[-1]["completions/mean_length"] * step_items * t.group_size
-    per_step = (logged[-1]["num_tokens"] - logged[t.num_iterations - 1]["num_tokens"]) / t.num_iterations
-    for name in ("reference", "update"):
-        meter.phases[name].tokens = per_step
-    meter.phases["update"].seconds /= t.num_iterations
     generations = t.steps / t.num_iterations
     validations = 1 + t.steps // t.validate_every
     found.repeats |= {"generation": generations, "reference": generations, "update": t.steps}
     found.repeats["validation"] = validations * validation.items / len(validated)
 
+    with _memory_told(found, meter, p, room):
+        meter.counts = False
+        meter.turn("update")
+        trainer.train()
+        _count_tokens(trainer, meter, t.num_iterations, step_items * t.group_size)
+    meter.counts = True
     with meter.phase("validation") as validating:
         trainer.evaluate()
     validating.tokens = sum(validate.lengths)
+
+
+def _count_tokens(trainer: MeasuredTrainer, meter: Meter, iterations: int, completions: int) -> None:
+    """Tell the meter the tokens of a step by TRL's log, and divide the time of the steps on one generation."""
+    logged = [entry for entry in trainer.state.log_history if "num_tokens" in entry]
+    meter.phases["generation"].tokens = logged[iterations]["completions/mean_length"] * completions
+    for name in meter.phases.keys() & {"reference", "update"}:
+        meter.phases[name].tokens = logged[-1]["num_tokens"] - logged[iterations - 1]["num_tokens"]
+    meter.phases["update"].seconds /= iterations
 
 
 def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: Meter, found: Checked) -> None:
@@ -158,7 +174,7 @@ def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: 
     budget = r.sampling.max_thinking_tokens + r.sampling.max_answer_tokens
     tests = questions(c, source.reader, track, test, "test")
     name = f"rollouts {policy_name}"
-    meter.turn("load")
+    meter.turn("loading")
     base: Base = source.base(track, completion_length(c, p.assumed, track, budget))
     adapter = source.folder / track / "adapter" if policy_name == "grpo" else None
     policy = ready_policy(base.model, base.processor, adapter, base.config)

@@ -37,6 +37,8 @@ class Meter:
     threads: int
     phases: dict[str, Measured] = field(default_factory=lambda: defaultdict(Measured))
     now: str | None = None
+    counts: bool = True
+    """False while phases only warm up."""
     _since: float = 0.0
 
     def clock(self) -> float:
@@ -49,7 +51,7 @@ class Meter:
     def turn(self, name: str | None) -> None:
         """End the phase that runs now, and begin another one, or none."""
         at = self.clock()
-        if self.now:
+        if self.now and self.counts:
             measured = self.phases[self.now]
             measured.seconds += at - self._since
             measured.peak = max(measured.peak, self._peak())
@@ -89,7 +91,7 @@ class MeasuredTrainer(ValidatingTrainer):
 
 
 class AfterWarmUp(TrainerCallback):
-    """Discards the first steps, which compile kernels and fill caches, and ends the measurement with the last step."""
+    """Leaves out the first steps, which compile kernels and fill caches, and ends the measurement after the last."""
 
     def __init__(self, meter: Meter, trainer: MeasuredTrainer, steps: int, ends: list[int]) -> None:
         """`steps` warm up; from then on the tokens `ends` end a completion."""
@@ -98,11 +100,9 @@ class AfterWarmUp(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin or end the measurement."""
         if state.global_step == self.steps:
-            self.meter.turn(None)
-            for name in ("generation", "reference", "update"):
-                self.meter.phases.pop(name, None)
-            self.trainer.eos_token_ids = self.ends
             self.meter.turn("update")
+            self.meter.counts = True
+            self.trainer.eos_token_ids = self.ends
         elif state.global_step == state.max_steps:
             self.meter.turn(None)
 

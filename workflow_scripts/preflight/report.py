@@ -21,8 +21,6 @@ class Report:
     plan: Plan
     planned: bool
     """Whether the plan knows this device."""
-    start: float
-    """Seconds of a job before its policy is loaded."""
     tracks: list[Checked]
     notes: list[str]
 
@@ -39,21 +37,28 @@ def stage_of(r: Report, checked: Checked, phase: str) -> Stage:
 
 
 def planned_phase(r: Report, checked: Checked, phase: str) -> tuple[float, float, float] | None:
-    """Seconds, bytes and tokens of one run of a phase by the plan; None where it does not plan it."""
-    stage, repeats = stage_of(r, checked, phase), checked.repeats.get(phase)
+    """Seconds, bytes and tokens of one run of a phase by the plan; None where it does not plan it.
+
+    The plan's time for images is in the phases that prepare them, as measured.
+    """
+    stage, c = stage_of(r, checked, phase), r.plan.configuration
     name = phase.split()[0]
+    if name == "loading" and name in stage.costs:
+        return stage.costs[name].seconds * len(c.seeds) / stage.jobs, 0, 0
+    repeats = checked.repeats.get(phase)
     if name not in stage.costs or not repeats:
         return None
     if name == "rollouts":
-        repeats = stage.asked.items * r.plan.configuration.rollouts.blocks / repeats
+        repeats = stage.asked.items * c.rollouts.blocks / repeats
     tokens = stage.completion_tokens + (stage.prompt_tokens if name in ("reference", "update") else 0)
     if name == "validation":
-        c = r.plan.configuration
         t = getattr(c.training, checked.track)
         length = completion_length(c, r.plan.assumed, checked.track, t.max_completion_tokens)
         tokens = repeats * t.prompts_per_step * t.group_size // 2 * t.validation_rollouts * length.mean
     memory = sum(stage.memory.get("update" if name == "reference" else name, {}).values())
-    return stage.costs[name].seconds / repeats, memory, tokens / repeats
+    parts = [name, "images"] if name in ("update", "rollouts") else [name]
+    seconds = sum(stage.costs[part].seconds for part in parts if part in stage.costs)
+    return seconds / repeats, memory, tokens / repeats
 
 
 def hours(r: Report) -> Iterator[tuple[str, int, float | None, float]]:
@@ -62,20 +67,19 @@ def hours(r: Report) -> Iterator[tuple[str, int, float | None, float]]:
     for stage in r.plan.stages:
         kind, track = stage.name.split()[:2]
         checked = next(one for one in r.tracks if one.track == track)
-        jobs = stage.jobs // len(c.seeds)
+        repeats: dict[str, float | None] = {"loading": stage.jobs // len(c.seeds)}
         if kind == "train_grpo":
-            parts = {name: checked.repeats.get(name) for name in ("generation", "reference", "update", "validation")}
-            if getattr(c.training, track).beta == 0:
-                del parts["reference"]
+            repeats |= {name: checked.repeats.get(name) for name in ("generation", "update", "validation")}
+            if getattr(c.training, track).beta > 0:
+                repeats["reference"] = checked.repeats.get("reference")
         else:
             name = f"rollouts {stage.name.split()[2]}"
             items = checked.repeats.get(name)
-            parts = {name: stage.asked.items * c.rollouts.blocks / items if items else None}
-        known = [checked.phases[n].seconds * k for n, k in parts.items() if k is not None and n in checked.phases]
-        loading = jobs * (r.start + (checked.phases["load"].seconds if "load" in checked.phases else 0))
-        seconds = sum(known) + loading if len(known) == len(parts) else None
+            repeats[name] = stage.asked.items * c.rollouts.blocks / items if items else None
+        known = [checked.phases[n].seconds * k for n, k in repeats.items() if k is not None and n in checked.phases]
+        seconds = sum(known) if len(known) == len(repeats) else None
         planned = sum(cost.seconds for cost in stage.costs.values())
-        yield stage.name, jobs, None if seconds is None else seconds / 3600, planned / 3600
+        yield stage.name, stage.jobs // len(c.seeds), None if seconds is None else seconds / 3600, planned / 3600
 
 
 def markdown(r: Report) -> str:
@@ -88,8 +92,9 @@ def markdown(r: Report) -> str:
             row += [f"{one.tokens / one.seconds:,.0f}" if one.tokens else "", ""]
             if planned := planned_phase(r, checked, name):
                 seconds, memory, tokens = planned
-                row[3], row[7] = (f"{seconds:.3g}", f"{tokens / seconds:,.0f}") if r.planned else ("", "")
-                row[5] = f"{memory / GIGABYTE:.2f}"
+                row[5] = f"{memory / GIGABYTE:.2f}" if memory else ""
+                if r.planned:
+                    row[3], row[7] = f"{seconds:.3g}", f"{tokens / seconds:,.0f}" if tokens else ""
             phases.append(row)
     found = list(hours(r))
     rows = [
@@ -109,7 +114,7 @@ def markdown(r: Report) -> str:
             "",
             tabulate(phases, HEAD, tablefmt="github", disable_numparse=True),
             "",
-            "GPU-hours that follow, jobs' starts included:" if c.policy.device == "cuda" else "Hours that follow:",
+            "GPU-hours that follow:" if c.policy.device == "cuda" else "Hours that follow:",
             "",
             tabulate(rows, ["stage of one seed", "jobs", "hours", "planned"], tablefmt="github", disable_numparse=True),
             "",
@@ -124,7 +129,6 @@ def as_json(r: Report) -> dict[str, Any]:
     """Return the report for programs: seconds, bytes and tokens."""
     return {
         "device": r.device,
-        "start_seconds": r.start,
         "tracks": [
             {
                 "track": checked.track,

@@ -43,8 +43,8 @@ def check(c: Configuration, assumed: Assumptions, gpus: list[Gpu], start: float,
     if c.policy.device == "cpu":
         notes.append("Seconds are CPU seconds over threads; memory is the highest of the process so far.")
     room = (gpus[0].total if gpus else 0) or device.memory
-    tracks = [check_track(source, planned, track, room) for track in c.tracks]
-    return Report(gpus[0].name if gpus else "this CPU", planned, known is not None, start, tracks, notes)
+    tracks = [check_track(source, planned, track, room, start) for track in c.tracks]
+    return Report(gpus[0].name if gpus else "this CPU", planned, known is not None, tracks, notes)
 
 
 def device_named(name: str, memory: float) -> str | None:

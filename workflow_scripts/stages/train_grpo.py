@@ -100,7 +100,7 @@ def main() -> None:
 
         curves = Curves(run.metrics)
         validate = Validation(config, policy, validation, validation_items, sampling, settings.process_index)
-        trainer = grpo_trainer(ValidatingTrainer, settings, items, train.images, validate, [curves])
+        trainer = grpo_trainer(ValidatingTrainer, settings, items, train.images, validate, callbacks=[curves])
         if checkpoint and (state := TrainerState.load_from_json(str(checkpoint / STATE))).global_step >= t.steps:
             trainer.state = state  # `train` would do one step more, however many are done
             curves.on_train_begin(settings, state, trainer.control)

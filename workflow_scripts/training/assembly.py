@@ -1,9 +1,7 @@
 """The trainer of a training, put together from its questions, its validation and TRL's settings."""
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from workflow_scripts.policy.fast.enable import enable_faster_passes
@@ -25,7 +23,7 @@ def grpo_trainer(
     items: list[tuple[Item, int]],
     images: Images,
     validation: Validation,
-    callbacks: Sequence[TrainerCallback] = (),
+    **options: Any,
 ) -> Trainer:
     """Return a trainer of this class for the policy of `validation`, which is adapted and made faster in place.
 
@@ -35,7 +33,7 @@ def grpo_trainer(
         items: questions to train on, with their targets.
         images: their images.
         validation: the policy, how it is sampled, and what it is validated on.
-        callbacks: of the trainer.
+        options: further ones of the trainer, such as callbacks.
     """
     config, policy, t = validation.config, validation.policy, validation.config.training
     model, processor = policy.model, policy.processor
@@ -50,9 +48,9 @@ def grpo_trainer(
         train_dataset=dataset,
         eval_dataset=dataset.select([0]),  # the trainer asks for one; `validate` brings its own items
         peft_config=lora_config(t.lora),
-        callbacks=list(callbacks),
         rollout_func=rollout,
         validate=validation,
+        **options,
     )
     trainer.add_callback(CheckWrapper(trainer, strategy_of(config)))
     return trainer
