@@ -47,7 +47,7 @@ STARTED = time.time()
 # machine is checked before anything is downloaded; on a cluster each GPU job checks its own (take_gpus).
 # Imported lazily so that dry runs start fast.
 onstart:
-    if workflow.local_exec:
+    if workflow.local_exec and configuration.policy.device == "cuda":
         from workflow_scripts.preflight.machine import check_run
 
         check_run(

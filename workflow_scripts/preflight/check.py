@@ -29,6 +29,7 @@ from workflow_scripts.training.sampling import as_in_training
 from workflow_scripts.training.settings import grpo_config
 
 PHASES = ("loading", "generation", "reference", "update", "validation")  # of a training, in their order
+GENERATIONS = {"cpu": 3, "cuda": 1}  # that are measured; on a CPU steps are short, and other processes disturb them
 WARM_UP = 8  # tokens of a completion of random weights while kernels are compiled
 
 
@@ -108,10 +109,11 @@ def one_process(config: TrainGrpo, steps: int) -> TrainGrpo:
 
 
 def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, found: Checked) -> None:
-    """Train: one generation to warm up, one that is measured, and all steps on each; then validate one batch."""
+    """Train: one generation to warm up, then those that are measured, and all steps on each; validate one batch."""
     c = source.configuration
     t: Training = getattr(c.training, track)
-    config = one_process(TrainGrpo.of(c, track, c.seeds[0]), 2 * t.num_iterations)
+    cycles = GENERATIONS[c.policy.device]
+    config = one_process(TrainGrpo.of(c, track, c.seeds[0]), (1 + cycles) * t.num_iterations)
     length = completion_length(c, p.assumed, track, t.max_completion_tokens)
     step_items = config.training.prompts_per_step
     batch = step_items * t.group_size // 2
@@ -128,7 +130,7 @@ def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, 
         items = training_items(made.rows, set(made.images.sizes), base.config.protocol, config.seed)
         return Split(name, Path(), made.rows, made.images), items[:n]
 
-    shown, items = split("train", train, 2 * step_items)
+    shown, items = split("train", train, (1 + cycles) * step_items)
     held_out, validated = split("validation", validation, min(batch, round(validation.items)))
     settings = grpo_config(config, source.folder / track, resumed=True)  # no validation at the start
     settings.eval_strategy = settings.save_strategy = "no"
@@ -151,20 +153,22 @@ def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, 
         meter.counts = False
         meter.turn("update")
         trainer.train()
-        _count_tokens(trainer, meter, t.num_iterations, step_items * t.group_size)
+        _divide(trainer, meter, cycles, t.num_iterations, step_items * t.group_size)
     meter.counts = True
     with meter.phase("validation") as validating:
         trainer.evaluate()
     validating.tokens = sum(validate.lengths)
 
 
-def _count_tokens(trainer: MeasuredTrainer, meter: Meter, iterations: int, completions: int) -> None:
-    """Tell the meter the tokens of a step by TRL's log, and divide the time of the steps on one generation."""
+def _divide(trainer: MeasuredTrainer, meter: Meter, cycles: int, iterations: int, completions: int) -> None:
+    """Divide what was measured by the number of generations and of steps, and take the tokens from TRL's log."""
     logged = [entry for entry in trainer.state.log_history if "num_tokens" in entry]
-    meter.phases["generation"].tokens = logged[iterations]["completions/mean_length"] * completions
-    for name in meter.phases.keys() & {"reference", "update"}:
-        meter.phases[name].tokens = logged[-1]["num_tokens"] - logged[iterations - 1]["num_tokens"]
-    meter.phases["update"].seconds /= iterations
+    lengths = [entry["completions/mean_length"] for entry in logged[iterations::iterations]]
+    processed = (logged[-1]["num_tokens"] - logged[iterations - 1]["num_tokens"]) / cycles
+    tokens = {"generation": sum(lengths) / cycles * completions, "reference": processed, "update": processed}
+    for name in meter.phases.keys() & tokens.keys():
+        meter.phases[name].seconds /= cycles * (iterations if name == "update" else 1)
+        meter.phases[name].tokens = tokens[name]
 
 
 def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: Meter, found: Checked) -> None:
