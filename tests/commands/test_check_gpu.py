@@ -30,7 +30,7 @@ def test_it_measures_both_tracks_and_writes_the_report(tmp_path: Path, capsys: p
     assert [track["track"] for track in report["tracks"]] == ["imagereward", "hpsv2"]
     names = ["loading", "generation", "reference", "update", "validation", "rollouts zeroshot", "rollouts grpo"]
     for track in report["tracks"]:
-        assert list(track["phases"]) == names and "the policy's own" in track["completions"]
+        assert set(track["phases"]) == set(names) and "the policy's own" in track["completions"]
         assert all(phase["seconds"] > 0 for phase in track["phases"].values())
         assert all(track["phases"][name]["planned"]["seconds"] > 0 for name in names[1:])
     # The policy answers by itself, in the lengths that were measured of it before (planning/facts.yaml).

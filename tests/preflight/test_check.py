@@ -8,9 +8,10 @@ import pytest
 import torch
 from narrow_qwen import narrow
 
+from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.planning.devices import Assumptions
 from workflow_scripts.preflight import check as module
-from workflow_scripts.preflight.check import GENERATIONS, one_process, without_vllm
+from workflow_scripts.preflight.check import one_process, without_vllm
 from workflow_scripts.preflight.measuring import Meter
 from workflow_scripts.preflight.report import Report, as_json, hours, markdown
 from workflow_scripts.preflight.run import check, device_named
@@ -77,7 +78,7 @@ def test_what_does_not_fit_is_said_with_the_key_to_lower(report: Report) -> None
     assert told.startswith(
         "generate_rollouts hpsv2 grpo on hpsv2, rollouts grpo: does not fit (CUDA out of memory); lower "
     )
-    assert "rollouts.batch_items (6)" in told or "gpu_memory" in told or "smaller model" in told
+    assert told.endswith("lower rollouts.batch_items (6), or policy.max_pixels")
     measured = {name: got for name, _, got, _ in hours(report)}
     assert measured["generate_rollouts hpsv2 grpo on hpsv2"] is None
     text = markdown(report)
@@ -89,7 +90,7 @@ def test_what_was_assumed_is_said(report: Report) -> None:
     text = markdown(report)
     for said in (
         "hpsv2: completions end at random after 12 tokens on average, at most 24.",
-        "rollouts.engine is vllm: the transformers engine was measured in its place",
+        "rollouts.engine is vLLM: transformers was measured and planned in its place",
         "Random weights; the bundled processor.",
     ):
         assert said in text
@@ -134,7 +135,15 @@ def test_a_process_measures_its_share(tmp_path: Path) -> None:
     config = one_process(TrainGrpo.of(c, "hpsv2", 0), 4)
     assert config.distributed is None and config.training.prompts_per_step == 1
     assert config.training.steps == 4 and config.training.group_size == 4
-    assert without_vllm(c) and GENERATIONS["cuda"] == 1
+
+
+def test_vllm_is_replaced_where_it_is_configured() -> None:
+    raw = {"tracks": ["hpsv2"], "training": {"hpsv2": {"generation": "vllm_colocate"}}, "policy": {"device": "cuda"}}
+    c, told = without_vllm(load(raw | {"vllm_python": "python"}))
+    assert c.training.hpsv2.generation == c.rollouts.engine == "transformers"
+    (said,) = told
+    assert said.startswith("training.hpsv2.generation is vLLM")
+    assert without_vllm(Configuration()) == (Configuration(), [])
 
 
 @pytest.mark.parametrize(

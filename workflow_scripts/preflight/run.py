@@ -27,11 +27,12 @@ def check(c: Configuration, assumed: Assumptions, gpus: list[Gpu], start: float,
     Raises:
         PlanError: the policy is not known, or data are not here.
     """
+    c, notes = without_vllm(c)
     known = CPU if c.policy.device == "cpu" else device_named(gpus[0].name, gpus[0].total) if gpus else None
     device = this_cpu(c.numeric_threads) if known == CPU else data_sheet(known or "h100-80gb")
     planned = plan(c, device, assumed)
     source = Source.of(c, folder)
-    notes = [*without_vllm(c), *disk(c, sum(artifact.disk for artifact in planned.artifacts))]
+    notes += disk(c, sum(artifact.disk for artifact in planned.artifacts))
     if known is None:
         notes.append("The plan knows no data of this GPU, so its seconds are left out (planning/facts.yaml).")
     if source.random:
