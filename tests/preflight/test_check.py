@@ -11,7 +11,7 @@ from narrow_qwen import narrow
 from workflow_scripts.configuration.model import Configuration, load
 from workflow_scripts.planning.devices import Assumptions
 from workflow_scripts.preflight import check as module
-from workflow_scripts.preflight.check import one_process, without_vllm
+from workflow_scripts.preflight.check import Checked, memory_told, one_process, without_vllm
 from workflow_scripts.preflight.measuring import Meter
 from workflow_scripts.preflight.report import Report, as_json, hours, markdown
 from workflow_scripts.preflight.run import check, device_named
@@ -84,6 +84,17 @@ def test_what_does_not_fit_is_said_with_the_key_to_lower(report: Report) -> None
     text = markdown(report)
     assert "not measured" in text and f"- **{told}**" in text
     assert as_json(report)["does_not_fit"] == [told]
+
+
+def test_a_step_that_does_not_fit_is_said_and_the_rest_goes_on(report: Report) -> None:
+    found, meter = Checked("hpsv2"), Meter("cpu", 1)
+    with memory_told(found, meter, report.plan, 24e9), meter.phase("reference"):
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+    with meter.phase("validation"):
+        pass
+    assert list(meter.phases) == ["validation"]
+    told = "does not fit (CUDA out of memory); set training.hpsv2.gradient_checkpointing to true"
+    assert found.misfits == [f"train_grpo hpsv2, reference: {told}"]
 
 
 def test_what_was_assumed_is_said(report: Report) -> None:

@@ -15,7 +15,7 @@ from workflow_scripts.configuration.model import Configuration, Dataset, Track, 
 from workflow_scripts.configuration.stages import TrainGrpo
 from workflow_scripts.configuration.targets import measured
 from workflow_scripts.planning.costs import Length
-from workflow_scripts.planning.plan import Plan, completion_length, remedy
+from workflow_scripts.planning.plan import Plan, Stage, completion_length, remedy
 from workflow_scripts.planning.workload import Questions, questions
 from workflow_scripts.policy.loading import as_policy, check_adapted_layers, ready_policy
 from workflow_scripts.preflight.asked import asked
@@ -69,7 +69,7 @@ def check_track(source: Source, p: Plan, track: Track, room: float, start: float
         works = {"training": partial(_training, source, p, track, room)} | works
     for work in works.values():
         meter = Meter(c.policy.device, c.numeric_threads)
-        with _memory_told(found, meter, p, room):
+        with memory_told(found, meter, p, room):
             work(meter, found)
         if "loading" in meter.phases:
             meter.phases["loading"].seconds += start
@@ -79,14 +79,13 @@ def check_track(source: Source, p: Plan, track: Track, room: float, start: float
 
 
 @contextmanager
-def _memory_told(found: Checked, meter: Meter, p: Plan, room: float) -> Iterator[None]:
+def memory_told(found: Checked, meter: Meter, p: Plan, room: float) -> Iterator[None]:
     """Tell which phase ran out of memory and what to lower, and free what it held."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         phase, c = str(meter.now), p.configuration
-        name = f"generate_rollouts {found.track} {phase.split()[-1]}" if "rollouts" in phase else "train_grpo"
-        stage = next(s for s in p.stages if s.name.startswith(name) and f" {found.track}" in s.name)
+        stage = stage_of(p, found.track, phase)
         planned = {"reference": "update", "loading": next(iter(stage.memory))}.get(phase, phase.split()[0])
         told = str(error).split(". ")[0]
         lower = remedy(c, stage, planned, stage.memory[planned], room)
@@ -96,6 +95,14 @@ def _memory_told(found: Checked, meter: Meter, p: Plan, room: float) -> Iterator
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def stage_of(p: Plan, track: Track, phase: str) -> Stage:
+    """Return the stage of a track that a phase belongs to; loading belongs to the first."""
+    stages = [stage for stage in p.stages if stage.name.split()[1] == track]
+    if "rollouts" not in phase:
+        return stages[0]
+    return next(s for s in stages if s.name.startswith(f"generate_rollouts {track} {phase.split()[-1]} "))
 
 
 def one_process(config: TrainGrpo, steps: int) -> TrainGrpo:
@@ -147,11 +154,13 @@ def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, 
     found.repeats |= {"generation": generations, "reference": generations, "update": t.steps}
     found.repeats["validation"] = validations * validation.items / len(validated)
 
-    with _memory_told(found, meter, p, room):
+    with memory_told(found, meter, p, room):
         meter.counts = False
         meter.turn("update")
         trainer.train()
         _divide(trainer, meter, cycles, t.num_iterations, step_items * t.group_size)
+    if trainer.state.global_step < settings.max_steps:
+        meter.phases.pop("update", None)  # that of a part of a step
     meter.counts = True
     with meter.phase("validation") as validating:
         trainer.evaluate()
@@ -178,8 +187,9 @@ def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: 
     name = f"rollouts {policy_name}"
     meter.turn("loading")
     base: Base = source.base(track, completion_length(c, p.assumed, track, budget))
-    adapter = source.folder / track / "adapter" if policy_name == "grpo" else None
-    policy = ready_policy(base.model, base.processor, adapter, base.config)
+    adapter = source.folder / track / "adapter"
+    trained = policy_name == "grpo" and adapter.is_dir()  # it is not there where the training could not be loaded
+    policy = ready_policy(base.model, base.processor, adapter if trained else None, base.config)
     batch = min(r.batch_items, round(tests.items))
     made = asked(c, base.config, base.processor, not source.random, test, "test", tests, batch)
     if base.config.protocol == "pointwise":
@@ -207,15 +217,16 @@ def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: 
 def without_vllm(c: Configuration) -> tuple[Configuration, list[str]]:
     """Put transformers in the place of vLLM, which is not measured, and say where."""
     here = "" if importlib.util.find_spec("vllm") else " (vLLM is not in this environment)"
-    trainings = {track: getattr(c.training, track) for track in c.tracks}
-    changed = {
-        track: t.model_copy(update={"generation": "transformers"})
-        for track, t in trainings.items()
-        if t.generation.startswith("vllm")
-    }
+    changed: dict[str, Any] = {}
+    for track in c.tracks:
+        t: Training = getattr(c.training, track)
+        if t.generation.startswith("vllm"):
+            changed[track] = t.model_copy(update={"generation": "transformers"})
     keys = [f"training.{track}.generation" for track in changed] + ["rollouts.engine"] * (c.rollouts.engine == "vllm")
-    parts = {"training": c.training.model_copy(update=changed)}
-    parts["rollouts"] = c.rollouts.model_copy(update={"engine": "transformers"})
+    parts = {
+        "training": c.training.model_copy(update=changed),
+        "rollouts": c.rollouts.model_copy(update={"engine": "transformers"}),
+    }
     return c.model_copy(update=parts), [
         f"{key} is vLLM: transformers was measured and planned in its place{here}" for key in keys
     ]

@@ -7,8 +7,8 @@ from typing import Any
 from tabulate import tabulate
 
 from workflow_scripts.planning.devices import GIGABYTE
-from workflow_scripts.planning.plan import Plan, Stage, completion_length
-from workflow_scripts.preflight.check import Checked
+from workflow_scripts.planning.plan import Plan, completion_length
+from workflow_scripts.preflight.check import Checked, stage_of
 
 HEAD = ["track", "phase", "seconds", "planned", "peak GB", "planned", "tokens/s", "planned"]
 
@@ -30,18 +30,12 @@ class Report:
         return [text for track in self.tracks for text in track.misfits]
 
 
-def stage_of(r: Report, checked: Checked, phase: str) -> Stage:
-    """Return the stage of the plan that a phase belongs to."""
-    kind = f"generate_rollouts {checked.track} {phase.split()[-1]} " if "rollouts" in phase else "train_grpo "
-    return next(s for s in r.plan.stages if s.name.startswith(kind) and f" {checked.track}" in s.name)
-
-
 def planned_phase(r: Report, checked: Checked, phase: str) -> tuple[float, float, float] | None:
     """Seconds, bytes and tokens of one run of a phase by the plan; None where it does not plan it.
 
     The plan's time for images is in the phases that prepare them, as measured.
     """
-    stage, c = stage_of(r, checked, phase), r.plan.configuration
+    stage, c = stage_of(r.plan, checked.track, phase), r.plan.configuration
     name = phase.split()[0]
     if name == "loading" and name in stage.costs:
         return stage.costs[name].seconds * len(c.seeds) / stage.jobs, 0, 0

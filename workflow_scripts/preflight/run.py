@@ -33,7 +33,9 @@ def check(c: Configuration, assumed: Assumptions, gpus: list[Gpu], start: float,
     planned = plan(c, device, assumed)
     source = Source.of(c, folder)
     notes += disk(c, sum(artifact.disk for artifact in planned.artifacts))
-    if known is None:
+    if known:
+        notes += [f"By the plan, for the longest questions: {text}." for text in planned.warnings]
+    else:
         notes.append("The plan knows no data of this GPU, so its seconds are left out (planning/facts.yaml).")
     if source.random:
         notes.append(
