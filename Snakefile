@@ -43,12 +43,19 @@ LOCK = Lock.of_results(Path(RESULTS))
 STARTED = time.time()
 
 
-# Snakemake locks the working directory, but two of them may share a results folder. A dry run does not get here.
+# A dry run does not get here. Snakemake locks the working directory, but two of them may share a results folder. The
+# machine is checked before anything is downloaded; on a cluster each GPU job checks its own (take_gpus).
+# Imported lazily so that dry runs start fast.
 onstart:
+    if workflow.local_exec and configuration.policy.device == "cuda":
+        from workflow_scripts.preflight.machine import check_run
+
+        check_run(
+            configuration, {job.rule.name for job in workflow.dag.needrun_jobs()}
+        )
     LOCK.acquire()
 
 
-# Imported lazily so that dry runs start fast.
 onsuccess:
     from workflow_scripts.commands import log_runs, register, summary
 

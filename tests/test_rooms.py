@@ -16,7 +16,7 @@ from workflow_scripts.running.code_digest import PACKAGE
 ROOMS = (
     *("files", "configuration", "running", "tracking"),
     *("preferences", "scoring", "policy.fast", "policy", "rollouts", "training", "reporting", "ranking", "planning"),
-    *("reference", "stages", "commands"),
+    *("preflight", "reference", "stages", "commands"),
 )
 # No other room imports these, nor knows Snakemake, but for generators and what merges overlays as Snakemake does.
 ON_TOP = ("stages", "commands", "tracking")

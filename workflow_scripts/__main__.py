@@ -5,6 +5,7 @@ import sys
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, CliSubCommand, SettingsConfigDict
 
+from workflow_scripts.commands.check_gpu import CheckGpu
 from workflow_scripts.commands.log_runs import LogRuns
 from workflow_scripts.commands.plan import Plan
 from workflow_scripts.commands.rank import Rank
@@ -25,6 +26,8 @@ class Commands(BaseSettings):
     """Rank your own images for a prompt by a trained policy."""
     plan: CliSubCommand[Plan]
     """Say what a configuration costs before it runs."""
+    check_gpu: CliSubCommand[CheckGpu] = Field(alias="check-gpu")
+    """Measure one real step of each phase before the run that costs money."""
     verify: CliSubCommand[Verify]
     """Check every file of a results folder against its provenance."""
     summary: CliSubCommand[Summary]

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from checkout import Workflow, environment
+from nvidia_smi import H100, fake_nvidia_smi
 
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.running.provenance import verify
@@ -167,7 +168,8 @@ rule generate_rollouts:
         "print(json.dumps({'gpu': os.environ['CUDA_VISIBLE_DEVICES'], **words}))\n"
     )
     profile = str(ROOT / "profiles" / "slurm")
-    variables = environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    path = f"{Path(sys.executable).parent}:{fake_nvidia_smi(tmp_path / 'bin', H100, H100)}"  # each job checks its GPU
+    variables = environment() | {"PATH": path, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "snakemake", "--workflow-profile", profile, *SLURM[2:]]
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nvidia_smi import A100, H100, T4, fake_nvidia_smi
 
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.running.take_gpus import take
+from workflow_scripts.running.take_gpus import occupied, take
 
 JOB = "import os, sys; print(os.environ.get('CUDA_VISIBLE_DEVICES'), flush=True); sys.stdin.read()"
 
@@ -23,10 +24,12 @@ def start(tmp_path: Path) -> Iterator[Any]:
     """Return a function that starts a job which says its GPUs and stays until its input ends."""
     jobs = []
 
-    def start(count: int, **variables: str) -> subprocess.Popen[str]:
+    def start(count: int, *needs: str, **variables: str) -> subprocess.Popen[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA_", "SLURM_"))}
-        environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)} | variables
-        command = [sys.executable, "-m", "workflow_scripts.running.take_gpus", str(count), sys.executable, "-c", JOB]
+        six = fake_nvidia_smi(tmp_path / "six", *[H100.replace("1a2b", str(i)) for i in range(6)])
+        environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "PATH": six} | variables
+        command = [sys.executable, "-m", "workflow_scripts.running.take_gpus", *needs, str(count)]
+        command += [sys.executable, "-c", JOB]
         pipe = subprocess.PIPE
         jobs.append(subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
         return jobs[-1]
@@ -64,9 +67,7 @@ def test_more_gpus_than_there_are_is_refused(start: Any) -> None:
 
 
 def test_gpus_are_those_that_the_driver_lists(start: Any, tmp_path: Path) -> None:
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    assert gpus(start(2, PATH=f"{tmp_path}:{os.environ['PATH']}")) == "0,1"
+    assert gpus(start(2, PATH=fake_nvidia_smi(tmp_path / "two", H100, A100))) == "0,1"
 
 
 def test_no_driver_is_told(start: Any, tmp_path: Path) -> None:
@@ -78,6 +79,32 @@ def test_a_job_of_slurm_has_its_gpus(start: Any) -> None:
     """Two of them on one node may both see theirs as number 0."""
     jobs = [start(1, CUDA_VISIBLE_DEVICES="0", SLURM_JOB_ID="7") for _ in range(2)]
     assert [gpus(job) for job in jobs] == ["0", "0"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0"}], ids=["here", "Slurm"])
+def test_a_gpu_that_cannot_run_the_job_is_told_before_it_starts(
+    start: Any, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    path = fake_nvidia_smi(tmp_path / "old", T4)
+    job = start(1, "--bfloat16", PATH=path, **variables)
+    said, told = job.communicate()
+    assert said == "" and job.returncode == 1
+    assert told.splitlines()[-1].startswith(
+        "error: GPU 0 (Tesla T4) has compute capability 7.5, and bfloat16 needs 8.0"
+    )
+    job = start(1, "--gigabytes", "16.6", PATH=path, **variables)
+    assert "the weights alone need 16.6; end the processes" in job.communicate()[1] and job.returncode == 1
+    assert gpus(start(1, "--gigabytes", "7.5", PATH=path, **variables)) == "0"
+
+
+def test_gpus_that_jobs_hold_are_known(start: Any, tmp_path: Path) -> None:
+    folder = tmp_path / f"softpref-gpus-{os.getuid()}"
+    job = start(1, CUDA_VISIBLE_DEVICES="1")
+    assert gpus(job) == "1"
+    assert occupied(["0", "1", "2"], folder) == {"1"}
+    job.kill()
+    job.wait()
+    assert occupied(["0", "1", "2"], folder) == set()
 
 
 @given(wanted=st.lists(st.integers(1, 4), max_size=8), there=st.integers(1, 6))

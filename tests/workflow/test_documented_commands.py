@@ -44,6 +44,7 @@ RUN_BY = {
     "ln -s": "workflow/test_moving.py",
     "python - /old/place": "workflow/test_moving.py",
     "python -m workflow_scripts log-runs": "commands/test_log_runs.py",
+    "python -m workflow_scripts check-gpu": "commands/test_check_gpu.py",
 }
 
 

@@ -1,8 +1,10 @@
 """How the job of a rule starts: resources, GPUs, interpreter and launcher."""
 
 import shlex
+from pathlib import Path
 
 from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.published import PUBLISHED
 from workflow_scripts.files.paths import ROOT
 
 
@@ -34,5 +36,27 @@ def launcher(c: Configuration, rule: str) -> str:
     """Command that starts the stage of a rule: the interpreter, on GPUs of its own, in the configured processes."""
     processes = c.distributed.processes if rule == "train_grpo" else 1
     several = f" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {processes}"
-    taken = f"python -m workflow_scripts.running.take_gpus {gpus(c, rule)} " if gpus(c, rule) else ""
+    taken = f"python -m workflow_scripts.running.take_gpus {_needed(c, rule)}{gpus(c, rule)} " if gpus(c, rule) else ""
     return taken + interpreter(c, rule) + (several if processes > 1 else "")
+
+
+def _needed(c: Configuration, rule: str) -> str:
+    """Options of take_gpus: what each GPU of a job must be able to do."""
+    gigabytes = memory_on_each_gpu(c, rule) / 1e9
+    return "--bfloat16 " * (c.policy.dtype == "bfloat16") + (f"--gigabytes {gigabytes:.2f} " if gigabytes else "")
+
+
+def memory_on_each_gpu(c: Configuration, rule: str) -> float:
+    """Bytes of the weights that a job has on each of its GPUs, as they are stored; 0 where they are not known yet."""
+    divided = rule == "generate_rollouts" or c.distributed.strategy == "fsdp"
+    return weights_bytes(c) / (max(1, gpus(c, rule)) if divided else 1)
+
+
+def weights_bytes(c: Configuration) -> float:
+    """Bytes of the policy's weights as they are published or lie in `policy.hub.path`; 0 where they are not known."""
+    if c.policy.source != "hub":
+        return 0
+    if c.policy.hub.path:
+        return sum(path.stat().st_size for path in Path(c.policy.hub.path).glob("*.safetensors"))
+    files = [entry["files"] for entry in PUBLISHED.values() if entry["repository"] == c.policy.hub.repository]
+    return sum(file["bytes"] for found in files for name, file in found.items() if name.endswith(".safetensors"))

@@ -134,11 +134,22 @@ def load_policy(manifest: Path, adapter: Path | None, config: ModelConfig) -> Po
     Raises:
         PolicyError: the base policy or the adapter cannot be loaded.
     """
-    model: Any = load_model(manifest, config)
-    processor = load_processor(manifest, config)
+    model, processor = load_model(manifest, config), load_processor(manifest, config)
+    if adapter:
+        return ready_policy(model, processor, adapter, config, "train the adapter again")
+    remedy = "set policy.hub.adapter to a LoRA adapter of this base policy"
+    return ready_policy(model, processor, published_adapter(manifest), config, remedy)
+
+
+def ready_policy(
+    model: Any, processor: ProcessorMixin, adapter: Path | None, config: ModelConfig, remedy: str
+) -> Policy:
+    """Make a policy of a base model that is loaded, as `load_policy` does; `remedy` helps where the adapter is faulty.
+
+    Raises:
+        PolicyError: the adapter cannot be loaded.
+    """
     enable_faster_passes(model, processor)
-    remedy = "train the adapter again" if adapter else "set policy.hub.adapter to a LoRA adapter of this base policy"
-    adapter = adapter or published_adapter(manifest)
     if adapter is not None:
         if not (adapter / ADAPTER).is_file():  # PEFT would try a pickle, or the Hub
             raise PolicyError(f"{adapter} holds no {ADAPTER}; {remedy}")

@@ -1,4 +1,4 @@
-"""Run a command on GPUs that no other job uses.
+"""Run a command on GPUs that no other job uses, after checking that they can run it.
 
 python -m workflow_scripts.running.take_gpus 1 python -m workflow_scripts.stages.generate_rollouts …
 
@@ -7,36 +7,20 @@ receives its GPUs as CUDA_VISIBLE_DEVICES, and the kernel keeps their locks as l
 assigned the GPUs of its jobs already.
 """
 
+import argparse
 import fcntl
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-
-class GpuError(RuntimeError):
-    """There are fewer GPUs than a job needs: names the numbers and the remedy."""
+from workflow_scripts.running.gpus import GpuError, check_gpus, visible_names
 
 
-def visible_gpus() -> list[str]:
-    """Indices or ids of this machine's GPUs, those of CUDA_VISIBLE_DEVICES where it is set.
-
-    Raises:
-        GpuError: the NVIDIA driver lists none.
-    """
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise GpuError(
-            f"no GPU was found ({error}); set policy.device to cpu, or CUDA_VISIBLE_DEVICES to the GPUs to use"
-        ) from None
-    return said.stdout.split()
+def locks() -> Path:
+    """Folder of this user's locks, one for each GPU."""
+    return Path(tempfile.gettempdir()) / f"softpref-gpus-{os.getuid()}"
 
 
 def take(count: int, gpus: list[str], folder: Path) -> list[tuple[str, int]] | None:
@@ -59,27 +43,44 @@ def take(count: int, gpus: list[str], folder: Path) -> list[tuple[str, int]] | N
     return None
 
 
+def occupied(gpus: list[str], folder: Path) -> set[str]:
+    """GPUs that jobs of this user hold now."""
+    held = set()
+    for gpu in gpus:
+        taken = take(1, [gpu], folder)
+        held |= set() if taken else {gpu}
+        for _, descriptor in taken or []:
+            os.close(descriptor)
+    return held
+
+
 def main() -> None:
-    """Take GPUs, then replace this process by the command."""
-    count, command = int(sys.argv[1]), sys.argv[2:]
+    """Take GPUs, check them, then replace this process by the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bfloat16", action="store_true", help="the command computes in bfloat16")
+    parser.add_argument("--gigabytes", type=float, default=0, help="memory that it needs at least on each GPU")
+    parser.add_argument("count", type=int, help="number of GPUs")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args()
+    count, command = arguments.count, arguments.command
     if "SLURM_JOB_ID" not in os.environ:
-        gpus = visible_gpus()
+        gpus = visible_names()
         if len(gpus) < count:
             raise GpuError(
                 f"this job uses {count} GPUs, but there are {len(gpus)} ({', '.join(gpus) or 'none'}); set "
                 "distributed.processes to the number of GPUs, or CUDA_VISIBLE_DEVICES to the GPUs to use"
             )
-        folder = Path(tempfile.gettempdir()) / f"softpref-gpus-{os.getuid()}"
-        taken = take(count, gpus, folder)
+        taken = take(count, gpus, locks())
         if taken is None:
             print(f"waiting for {count} of the GPUs {', '.join(gpus)}", file=sys.stderr, flush=True)
         while taken is None:
             time.sleep(1)
-            taken = take(count, gpus, folder)
+            taken = take(count, gpus, locks())
         for _, descriptor in taken:
             os.set_inheritable(descriptor, True)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for gpu, _ in taken)
         print(f"on GPU {os.environ['CUDA_VISIBLE_DEVICES']}", file=sys.stderr, flush=True)
+    check_gpus(arguments.bfloat16, 1e9 * arguments.gigabytes)
     os.execvp(command[0], command)
 
 

@@ -25,21 +25,20 @@ from transformers import TrainerState
 from workflow_scripts.configuration.stages import TrainGrpo
 from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import replacing, write_json
-from workflow_scripts.policy.fast.enable import enable_faster_passes
 from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
 from workflow_scripts.policy.manifest import ADAPTER, base_path
 from workflow_scripts.preferences.schema import SchemaError
 from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
+from workflow_scripts.training.assembly import grpo_trainer
 from workflow_scripts.training.checkpoints import STATE, last_complete_checkpoint, step_of
 from workflow_scripts.training.epochs import optimizer_steps
-from workflow_scripts.training.generation import check_generation, engine_completions, engine_generates, served_folder
-from workflow_scripts.training.items import Split, trl_dataset
+from workflow_scripts.training.generation import check_generation, served_folder
+from workflow_scripts.training.items import Split
 from workflow_scripts.training.record import trained_on, training_record
-from workflow_scripts.training.rewards import trl_reward
 from workflow_scripts.training.sampling import as_in_training
-from workflow_scripts.training.settings import check_processes, grpo_config, lora_config, processes_of, strategy_of
-from workflow_scripts.training.trainer import CheckWrapper, Curves, ValidatingTrainer
+from workflow_scripts.training.settings import check_processes, grpo_config, processes_of
+from workflow_scripts.training.trainer import Curves, ValidatingTrainer
 from workflow_scripts.training.validation import Validation
 
 
@@ -103,24 +102,9 @@ def main() -> None:
         run.metrics({"training_items": len(items), "validation_items": len(validation_items)})
         settings.max_steps = steps = optimizer_steps(t, len(items))
 
-        images = t.prompts_per_step * config.model.template.count("{image}")
-        decoding = engine_generates(config)
-        enable_faster_passes(model, processor, sharing=t.share_prompts, decoding=decoding, step_images=images)
-        dataset = trl_dataset(items, train.images, config.model.template, t.prompts_per_step)
         curves = Curves(run.metrics)
-        trainer = ValidatingTrainer(
-            model=model,
-            processing_class=processor,
-            reward_funcs=[trl_reward(name, policy.answers) for name in type(t.rewards).model_fields],
-            args=settings,
-            train_dataset=dataset,
-            eval_dataset=dataset.select([0]),  # the trainer asks for one; `validate` brings its own items
-            peft_config=lora_config(t.lora),
-            callbacks=[curves],
-            rollout_func=engine_completions(config, processor, sampling) if engine_generates(config) else None,
-            validate=Validation(config, policy, validation, validation_items, sampling, settings.process_index),
-        )
-        trainer.add_callback(CheckWrapper(trainer, strategy_of(config)))
+        validate = Validation(config, policy, validation, validation_items, sampling, settings.process_index)
+        trainer = grpo_trainer(ValidatingTrainer, settings, items, train.images, validate, callbacks=[curves])
         if checkpoint and (state := TrainerState.load_from_json(str(checkpoint / STATE))).global_step >= steps:
             trainer.state = state  # `train` would do one step more, however many are done
             curves.on_train_begin(settings, state, trainer.control)

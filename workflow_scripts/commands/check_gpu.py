@@ -1,0 +1,63 @@
+"""`check-gpu`: measure one real step of each phase before the run that costs money."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+from pydantic_settings import NoDecode
+
+from workflow_scripts.commands.plan import split_settings
+from workflow_scripts.planning.devices import Assumptions
+from workflow_scripts.running.command_line import Command
+
+
+class CheckGpu(Command, Assumptions):
+    """Measure one training step, validation batch and rollout batch of each track, and extrapolate the hours.
+
+    Downloads nothing: a policy from the Hub gets random weights of its size. First checks driver, CUDA, GPU and disk.
+
+    example: python -m workflow_scripts check-gpu --configfile configs/paper.yaml
+    """
+
+    configfile: list[Path] = Field([])
+    """Overlay on config.yaml; repeat the option for several, in order."""
+    config: Annotated[list[str], NoDecode, BeforeValidator(split_settings)] = Field([])
+    """Change `key=value`, as of snakemake; repeat the option for several."""
+    output: Path | None = None
+    """Where the report is written, as .md and .json; `check-gpu` in the results folder by default."""
+
+    def cli_cmd(self) -> None:
+        """Check, measure, write and print the report; exit with 1 where something does not fit."""
+        from workflow_scripts.configuration.overlays import parse_changes, read_configuration
+        from workflow_scripts.configuration.stages import RUN_MODELS
+        from workflow_scripts.preflight.machine import check_run
+
+        c = read_configuration(self.configfile, parse_changes(self.config))
+        gpus = check_run(c, RUN_MODELS)
+        import workflow_scripts.training.assembly  # noqa: F401  # what a training imports, for its start
+
+        start = time.process_time() if c.policy.device == "cpu" else _seconds_of_this_process()
+        from workflow_scripts.files.writing import replacing, write_json
+        from workflow_scripts.preflight.report import as_json, markdown
+        from workflow_scripts.preflight.run import check
+
+        assumed = Assumptions(**{key: getattr(self, key) for key in Assumptions.model_fields})
+        with tempfile.TemporaryDirectory() as folder:
+            report = check(c, assumed, gpus, start, Path(folder))
+        output = self.output or Path(c.results) / "check-gpu"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        text = markdown(report)
+        with replacing(output.with_suffix(".md")) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        write_json(output.with_suffix(".json"), as_json(report))
+        print(text)
+        sys.exit(int(bool(report.misfits)))
+
+
+def _seconds_of_this_process() -> float:
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
