@@ -56,7 +56,14 @@ def vllm(base_manifest: Path) -> Iterator[Any]:
 def trl_generation(vllm: Any, model: Any, **settings: Any) -> Any:
     """TRL's generation by this vLLM, with the transfer of this repository, for a model in training."""
     generation: Any = object.__new__(MergedCopies)
-    defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "logprobs": 0}
+    defaults: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "logprobs": 0,
+    }
     defaults |= {"mode": "colocate", "enable_sleep_mode": False, "tensor_parallel_size": 1}
     defaults |= {"structured_outputs_regex": None, "max_completion_length": 24, "generation_kwargs": {}}
     vars(generation).update(defaults | settings)

@@ -27,7 +27,7 @@ Received = dict[str, torch.Tensor]
 def adapted(manifest: Path, dtype: str) -> Any:
     """The bundled policy with an adapter in float32 that changes it visibly."""
     torch.manual_seed(0)
-    model = load_model(manifest, ModelConfig.of(load({"policy": {"dtype": dtype}}), "hpsv2"))
+    model: Any = load_model(manifest, ModelConfig.of(load({"policy": {"dtype": dtype}}), "hpsv2"))
     lora = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|down_proj)")
     model = get_peft_model(model, lora)
     for name, weight in model.named_parameters():
