@@ -49,7 +49,7 @@ def trained(base_manifest: Path, scenes: Any, tmp_path: Path) -> Callable[..., t
             eval_dataset=dataset.select([0]),
             peft_config=lora_config(config.training.lora),
             rollout_func=lambda prompts, trainer: change(generate(prompts, trainer)),
-            validate=lambda model: {"eval_soft_pair_accuracy": 0.0},
+            validate=lambda model, untrained: ({"eval_soft_pair_accuracy": 0.0}, [[1.0, 2.0]]),
         )
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "reward" in entry]

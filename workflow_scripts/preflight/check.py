@@ -31,7 +31,7 @@ from workflow_scripts.training.sampling import as_in_training
 from workflow_scripts.training.settings import grpo_config
 
 PHASES = ("loading", "generation", "reference", "update", "validation")  # of a training, in their order
-GENERATIONS = {"cpu": 3, "cuda": 1}  # that are measured; on a CPU steps are short, and other processes disturb them
+BATCHES = {"cpu": 3, "cuda": 1}  # of each kind that are measured; on a CPU they are short, and others disturb them
 WARM_UP = 8  # tokens of a completion of random weights while kernels are compiled
 
 
@@ -119,11 +119,10 @@ def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, 
     """Train: one generation to warm up, then those that are measured, and all steps on each; validate one batch."""
     c = source.configuration
     t: Training = getattr(c.training, track)
-    cycles = GENERATIONS[c.policy.device]
+    cycles = BATCHES[c.policy.device]
     config = one_process(TrainGrpo.of(c, track, c.seeds[0]), (1 + cycles) * t.num_iterations)
     length = completion_length(c, p.assumed, track, t.max_completion_tokens)
     step_items = config.training.prompts_per_step
-    batch = step_items * t.group_size // 2
     train, validation = (questions(c, source.reader, track, track, split) for split in ("train", "validation"))
     with meter.phase("loading"):
         base = source.base(track, length)
@@ -138,7 +137,8 @@ def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, 
         return Split(name, Path(), made.rows, made.images), items[:n]
 
     shown, items = split("train", train, (1 + cycles) * step_items)
-    held_out, validated = split("validation", validation, min(batch, round(validation.items)))
+    batch = min(step_items * t.group_size // 2, round(validation.items))
+    held_out, validated = split("validation", validation, min(cycles * batch, round(validation.items)))
     settings = grpo_config(config, source.folder / track, resumed=True)  # no validation at the start
     settings.eval_strategy = settings.save_strategy = "no"
     validate = CountedValidation(config, policy, held_out, validated, sampling, 0)
@@ -154,7 +154,7 @@ def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, 
     steps = optimizer_steps(t, train.items)
     generations, validations = steps / t.num_iterations, 1 + math.ceil(steps / t.validate_every)
     found.repeats |= {"generation": generations, "reference": generations, "update": steps}
-    found.repeats["validation"] = validations * validation.items / len(validated)
+    found.repeats["validation"] = validations * validation.items / batch
 
     with memory_told(found, meter, p, room):
         meter.counts = False
@@ -166,7 +166,8 @@ def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, 
     meter.counts = True
     with meter.phase("validation") as validating:
         trainer.evaluate()
-    validating.tokens = sum(validate.lengths)
+    validating.seconds /= len(validated) / batch
+    validating.tokens = sum(validate.lengths) / (len(validated) / batch)
 
 
 def _divide(trainer: MeasuredTrainer, meter: Meter, cycles: int, iterations: int, completions: int) -> None:
@@ -193,7 +194,8 @@ def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: 
     trained = policy_name == "grpo" and adapter.is_dir()  # it is not there where the training could not be loaded
     policy = ready_policy(base.model, base.processor, adapter if trained else None, base.config, "run check-gpu again")
     batch = min(r.batch_items, round(tests.items))
-    made = asked(c, base.config, base.processor, not source.random, test, "test", tests, batch)
+    number = min(BATCHES[c.policy.device] * batch, round(tests.items))
+    made = asked(c, base.config, base.processor, not source.random, test, "test", tests, number)
     if base.config.protocol == "pointwise":
         items = pointwise_items(made.rows, set(made.images.sizes))
     else:
@@ -203,7 +205,7 @@ def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: 
         rollouts = list(
             generate(
                 policy,
-                items[:batch],
+                items[:number],
                 made.images,
                 rollouts=r.block_size,
                 first_k=0,
@@ -212,8 +214,9 @@ def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: 
                 seed="check-gpu",
             )
         )
-    measured_rollouts.tokens = sum(len(rollout["completion_ids"]) for rollout in rollouts)
-    found.repeats[name] = len(items[:batch])
+    measured_rollouts.seconds /= number / batch
+    measured_rollouts.tokens = sum(len(rollout["completion_ids"]) for rollout in rollouts) / (number / batch)
+    found.repeats[name] = batch
 
 
 def without_vllm(c: Configuration) -> tuple[Configuration, list[str]]:
