@@ -146,7 +146,7 @@ def test_pages_stay_short_enough_to_be_read() -> None:
     written = [path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED_PAGES]
     assert len(readme.splitlines()) <= 140
     assert len(readme.split()) <= 1_300
-    assert len(readme.split()) + sum(len(path.read_text(encoding="utf-8").split()) for path in written) <= 18_000
+    assert len(readme.split()) + sum(len(path.read_text(encoding="utf-8").split()) for path in written) <= 19_500
 
 
 @pytest.mark.parametrize(
