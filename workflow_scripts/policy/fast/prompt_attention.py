@@ -6,6 +6,7 @@ autocast, under which a training decodes: it is off here.
 Registered with AttentionInterface of transformers. Passes without `prompts` use SDPA.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +109,9 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     rows, _, _, width = query.shape
     scaled = query.float() * (width**-0.5 if scaling is None else scaling)
-    with torch.autocast(query.device.type, enabled=False):
+    kind = query.device.type
+    # A count on the meta device has no autocast to switch off.
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         attended = prompts.attend(module.layer_idx, scaled.view(rows, key.shape[1], -1, width), key, value)
     return attended.reshape(rows, 1, -1, width).to(query.dtype), None
 
