@@ -47,12 +47,12 @@ STARTED = time.time()
 # machine is checked before anything is downloaded; on a cluster each GPU job checks its own (take_gpus).
 # Imported lazily so that dry runs start fast.
 onstart:
+    started = {job.rule.name for job in workflow.dag.needrun_jobs()}
+    jobs.check_interpreters(configuration, started)
     if workflow.local_exec and configuration.policy.device == "cuda":
         from workflow_scripts.preflight.machine import check_run
 
-        check_run(
-            configuration, {job.rule.name for job in workflow.dag.needrun_jobs()}
-        )
+        check_run(configuration, started)
     LOCK.acquire()
 
 

@@ -136,14 +136,15 @@ def test_where_vllm_generates_all_trainings_and_rollouts_run_in_its_environment(
                 load({"rollouts": {"engine": "vllm"}}),
                 training(generation="vllm_server"),
                 training(generation="trl"),
+                load({"policies": ["zeroshot"], "training": {"hpsv2": {"generation": "vllm_server"}}}),
             )
         ]
         for rule in ("generate_rollouts", "train_grpo", "score_rollouts")
     }
     assert found == {
-        "generate_rollouts": ["python", path, path, "python"],
-        "train_grpo": ["python", path, path, "python"],
-        "score_rollouts": ["python"] * 4,
+        "generate_rollouts": ["python", path, path, "python", "python"],
+        "train_grpo": ["python", path, path, "python", "python"],
+        "score_rollouts": ["python"] * 5,
     }
     spaced = load({"rollouts": {"engine": "vllm"}, "vllm_python": "/a folder/python"})
     assert interpreter(spaced, "generate_rollouts") == "'/a folder/python'"

@@ -1,9 +1,10 @@
 """How the job of a rule starts: resources, GPUs, interpreter and launcher."""
 
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
-from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.model import Configuration, ConfigurationError
 from workflow_scripts.configuration.published import PUBLISHED
 from workflow_scripts.files.paths import ROOT
 
@@ -21,15 +22,35 @@ def gpus(c: Configuration, rule: str) -> int:
     return used.get(rule, 0) * (c.policy.device == "cuda")
 
 
-def interpreter(c: Configuration, rule: str) -> str:
-    """Python that runs the stage of a rule, quoted for the shell.
+def in_vllm(c: Configuration, rule: str) -> bool:
+    """Whether the stage of a rule runs in vLLM's environment.
 
-    Where vLLM generates anything, all trainings and rollouts run in its environment, so that those of one run have the
-    same versions of torch and transformers.
+    Where vLLM generates anything, all trainings and rollouts do, so that those of one run have the same versions of
+    torch and transformers.
     """
-    engines = [c.rollouts.engine, *(getattr(c.training, track).generation for track in c.tracks)]
-    in_vllm = rule in ("generate_rollouts", "train_grpo") and any(engine.startswith("vllm") for engine in engines)
-    return shlex.quote(str(ROOT / c.vllm_python)) if in_vllm else "python"
+    trained = c.tracks if c.trains() else []
+    engines = [c.rollouts.engine, *(getattr(c.training, track).generation for track in trained)]
+    return rule in ("generate_rollouts", "train_grpo") and any(engine.startswith("vllm") for engine in engines)
+
+
+def interpreter(c: Configuration, rule: str) -> str:
+    """Python that runs the stage of a rule, quoted for the shell."""
+    return shlex.quote(str(ROOT / c.vllm_python)) if in_vllm(c, rule) else "python"
+
+
+def check_interpreters(c: Configuration, rules: Collection[str]) -> None:
+    """Check that the environments of jobs of these rules are there.
+
+    Raises:
+        ConfigurationError: vLLM's is not.
+    """
+    python = ROOT / c.vllm_python
+    if any(in_vllm(c, rule) for rule in rules) and not python.is_file():
+        target = "vllm-gpu" if c.policy.device == "cuda" else "vllm-cpu"
+        raise ConfigurationError(
+            f"vLLM generates in this run, but vllm_python, {python}, is missing; make it with make {target}, or set "
+            "rollouts.engine and training.*.generation to transformers"
+        )
 
 
 def launcher(c: Configuration, rule: str) -> str:
