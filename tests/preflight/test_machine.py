@@ -99,8 +99,10 @@ def test_what_is_here_already_is_not_downloaded_again(tmp_path: Path) -> None:
 
 def test_jobs_say_what_they_need_of_a_gpu() -> None:
     launched = jobs.launcher(paper(), "generate_rollouts")
-    assert launched == "python -m workflow_scripts.running.take_gpus --bfloat16 --gigabytes 16.58 1 python"
-    shared = paper(distributed={"processes": 4, "strategy": "fsdp"})
+    python = ROOT / ".venv-vllm/bin/python"
+    assert launched == f"python -m workflow_scripts.running.take_gpus --bfloat16 --gigabytes 16.58 1 {python}"
+    own = {track: {"generation": "trl"} for track in ("imagereward", "hpsv2")}  # FSDP goes without vLLM
+    shared = paper(distributed={"processes": 4, "strategy": "fsdp"}, training=own)
     assert "--gigabytes 4.15 4 " in jobs.launcher(shared, "train_grpo")
 
 
