@@ -23,21 +23,21 @@ from trl.distributed import DistributedBackend
 
 from workflow_scripts.configuration.model import Configuration, RolloutsVllm, Sampling, load
 from workflow_scripts.configuration.stages import ModelConfig, TrainGrpo
-from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import load_model, load_policy
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import in_memory
 from workflow_scripts.rollouts import transformers_engine, vllm_engine
 from workflow_scripts.rollouts.items import anchor_items
+from workflow_scripts.running.environment import stage_environment
 from workflow_scripts.training.vllm_generation import MergedCopies
 
 CONFIG = ModelConfig.of(Configuration(), "hpsv2")
 STEP = """
+from workflow_scripts.stages.train_grpo import main  # as in a run, TRL imports vLLM
 from vllm import _custom_ops
 from vllm.model_executor.layers import utils
 _custom_ops._supports_onednn = False
 utils.check_cpu_sgl_kernel = lambda *args: False
-from workflow_scripts.stages.train_grpo import main
 main()
 """
 
@@ -163,7 +163,7 @@ def test_a_training_step_with_colocated_vllm(training_inputs: dict[str, Path], t
     command += [word for name, path in files.items() for word in (f"--{name}", str(path))]
     command += ["--checkpoints", str(tmp_path / "checkpoints")]
     # vLLM's own switch for tests on a CPU: no compilation.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_CI_ENV": "1"}
+    environment = os.environ | stage_environment(load({"tracking": {"enabled": False}})) | {"VLLM_CPU_CI_ENV": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     history = json.loads((tmp_path / "training.json").read_text())["history"]

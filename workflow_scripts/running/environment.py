@@ -24,6 +24,7 @@ def stage_environment(configuration: Any) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),  # TRL would set it to ERROR on import
         "MLFLOW_TRACKING_URI": uri if tracking.enabled else "",
         "MLFLOW_EXPERIMENT_NAME": tracking.experiment,
         "SOFTPREF_ARTIFACT_MEGABYTES": str(tracking.artifact_megabytes),

@@ -15,9 +15,8 @@ class VllmTrainer(GRPOTrainer):
 
     def __init__(self, **options: Any) -> None:
         """Make the trainer; `options` are those of `GRPOTrainer`."""
-        # vLLM would send statistics and, on a CPU, put all jobs on one core. TRL hides its warnings.
+        # vLLM would send statistics and, on a CPU, put all jobs on one core.
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
         super().__init__(**options)
         if self.use_vllm:
             self.vllm_generation.__class__ = MergedCopies  # TRL's trainer makes it and takes no other
