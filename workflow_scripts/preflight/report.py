@@ -59,15 +59,15 @@ def hours(r: Report) -> Iterator[tuple[str, int, float | None, float]]:
     for stage in r.plan.stages:
         kind, track = stage.name.split()[:2]
         checked = next(one for one in r.tracks if one.track == track)
-        loading = f"loading rollouts {stage.name.split()[2]}"  # its own where vLLM loads
-        loading = loading if loading in checked.phases else "loading"
-        repeats: dict[str, float | None] = {loading: stage.jobs // len(c.seeds)}
+        repeats: dict[str, float | None] = {"loading": stage.jobs // len(c.seeds)}
         if kind == "train_grpo":
             repeats |= {name: checked.repeats.get(name) for name in ("generation", "update", "validation")}
             if stage.costs["reference"].seconds:
                 repeats["reference"] = checked.repeats.get("reference")
         else:
             name = f"rollouts {stage.name.split()[2]}"
+            if c.rollouts.engine == "vllm":
+                repeats = {f"loading {name}": repeats["loading"]}
             items = checked.repeats.get(name)
             repeats[name] = stage.asked.items * c.rollouts.blocks / items if items else None
         known = [checked.phases[n].seconds * k for n, k in repeats.items() if k is not None and n in checked.phases]
