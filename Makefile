@@ -126,7 +126,7 @@ $(VLLM_VENV)/vllm-%.lock: envs/vllm-%.lock
 	@cp $< $@
 
 test-vllm: setup vllm-cpu ## vLLM in rollouts and in training against transformers, and the workflow with it
-	$(VLLM_VENV)/bin/python -m pytest tests/external/test_vllm.py tests/external/test_vllm_training.py $(OPTIONS)
+	$(VLLM_VENV)/bin/python -m pytest tests/external/test_vllm.py tests/external/test_vllm_training.py tests/external/test_vllm_check_gpu.py $(OPTIONS)
 	VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m pytest tests/external/test_vllm_workflow.py $(OPTIONS)
 
 lock-vllm: ## envs/vllm-cpu.lock and envs/vllm-gpu.lock (needs uv; OPTIONS=--upgrade for newer)

@@ -1,12 +1,15 @@
 """The command on a CPU with the bundled policy: what it writes, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from workflow_scripts.__main__ import main
+from workflow_scripts.files.paths import ROOT
 
 TINY = {
     "results": "made",
@@ -38,6 +41,17 @@ def test_it_measures_both_tracks_and_writes_the_report(tmp_path: Path, capsys: p
     assert 15 < pointwise < 30 < pairwise < 45
     assert len(report["hours"]) == 6 and all(stage["measured"] > 0 for stage in report["hours"])
     assert report["does_not_fit"] == []
+
+
+def test_the_interpreter_of_vllm_measures_where_it_is_there(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    words = ["check-gpu", "--config", "rollouts={engine: vllm}", "--config", f"vllm_python={python}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "workflow_scripts", *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == " ".join(["-m", "workflow_scripts", *words]).split()
 
 
 def test_it_refuses_a_machine_without_a_gpu(

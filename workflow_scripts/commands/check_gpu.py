@@ -1,5 +1,8 @@
 """`check-gpu`: measure one real step of each phase before the run that costs money."""
 
+import importlib.util
+import os
+import shlex
 import sys
 import tempfile
 import time
@@ -10,6 +13,8 @@ from pydantic import BeforeValidator, Field
 from pydantic_settings import NoDecode
 
 from workflow_scripts.commands.plan import split_settings
+from workflow_scripts.configuration.jobs import interpreter
+from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.planning.devices import Assumptions
 from workflow_scripts.running.command_line import Command
 
@@ -18,6 +23,7 @@ class CheckGpu(Command, Assumptions):
     """Measure one training step, validation batch and rollout batch of each track, and extrapolate the hours.
 
     Downloads nothing: a policy from the Hub gets random weights of its size. First checks driver, CUDA, GPU and disk.
+    Where vLLM generates, the interpreter in vllm_python measures.
 
     example: python -m workflow_scripts check-gpu --configfile configs/paper.yaml
     """
@@ -36,6 +42,7 @@ class CheckGpu(Command, Assumptions):
         from workflow_scripts.preflight.machine import check_run
 
         c = read_configuration(self.configfile, parse_changes(self.config))
+        _run_where_jobs_do(c)
         gpus = check_run(c, RUN_MODELS)
         import workflow_scripts.training.assembly  # noqa: F401  # what a training imports, for its start
 
@@ -45,16 +52,25 @@ class CheckGpu(Command, Assumptions):
         from workflow_scripts.preflight.run import check
 
         assumed = Assumptions(**{key: getattr(self, key) for key in Assumptions.model_fields})
-        with tempfile.TemporaryDirectory() as folder:
-            report = check(c, assumed, gpus, start, Path(folder))
         output = self.output or Path(c.results) / "check-gpu"
         output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent) as folder:  # there a run has room for weights
+            report = check(c, assumed, gpus, start, Path(folder))
         text = markdown(report)
         with replacing(output.with_suffix(".md")) as temporary:
             temporary.write_text(text, encoding="utf-8")
         write_json(output.with_suffix(".json"), as_json(report))
         print(text)
         sys.exit(int(bool(report.misfits)))
+
+
+def _run_where_jobs_do(c: Configuration) -> None:
+    """Start this command again in vLLM's environment, if the trainings and rollouts run there and it is there."""
+    (python,) = shlex.split(interpreter(c, "train_grpo"))
+    if python != "python" and importlib.util.find_spec("vllm") is None and os.access(python, os.X_OK):
+        if Path(python).parent.samefile(Path(sys.executable).parent):
+            return
+        os.execv(python, [python, "-m", "workflow_scripts", *sys.argv[1:]])
 
 
 def _seconds_of_this_process() -> float:

@@ -3,7 +3,9 @@
 import gc
 import importlib.util
 import math
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,16 +15,17 @@ from typing import Any
 import torch
 
 from workflow_scripts.configuration.model import Configuration, Dataset, Track, Training
-from workflow_scripts.configuration.stages import TrainGrpo
+from workflow_scripts.configuration.stages import ModelConfig, TrainGrpo
 from workflow_scripts.configuration.targets import measured
 from workflow_scripts.planning.costs import Length
 from workflow_scripts.planning.plan import Plan, Stage, completion_length, remedy
 from workflow_scripts.planning.workload import Questions, questions
-from workflow_scripts.policy.loading import as_policy, check_adapted_layers, ready_policy
+from workflow_scripts.policy.loading import Policy, as_policy, check_adapted_layers, ready_policy
 from workflow_scripts.preflight.asked import asked
 from workflow_scripts.preflight.measuring import AfterWarmUp, CountedValidation, Measured, MeasuredTrainer, Meter
-from workflow_scripts.preflight.untrained import Base, Source, ending_tokens
-from workflow_scripts.rollouts.items import anchor_items, pointwise_items
+from workflow_scripts.preflight.untrained import Source, ending_tokens
+from workflow_scripts.rollouts import vllm_engine
+from workflow_scripts.rollouts.items import Item, anchor_items, pointwise_items
 from workflow_scripts.rollouts.transformers_engine import generate
 from workflow_scripts.training.assembly import grpo_trainer
 from workflow_scripts.training.epochs import optimizer_steps
@@ -47,6 +50,10 @@ class Checked:
     misfits: list[str] = field(default_factory=list)
 
 
+Case = tuple[Track, str, Dataset]  # a track, a policy of it, and what the policy is tested on
+Work = Callable[[Source, Plan, Case, float, Meter, Checked], None]
+
+
 def check_track(source: Source, p: Plan, track: Track, room: float, start: float) -> Checked:
     """Measure a training step, a validation batch, and a batch of rollouts of each policy.
 
@@ -66,18 +73,37 @@ def check_track(source: Source, p: Plan, track: Track, room: float, start: float
     for case_track, policy, test, *_ in measured(c):
         if case_track == track:
             tested.setdefault(policy, test)
-    works = {policy: partial(_rollouts, source, p, (track, policy, test)) for policy, test in tested.items()}
+    works: list[tuple[Work, str, Dataset, bool]] = [
+        (_rollouts, policy, test, c.rollouts.engine == "vllm") for policy, test in tested.items()
+    ]
     if "grpo" in tested:
-        works = {"training": partial(_training, source, p, track, room)} | works
-    for work in works.values():
-        meter = Meter(c.policy.device, c.numeric_threads)
-        with memory_told(found, meter, p, room):
-            work(meter, found)
-        if "loading" in meter.phases:
-            meter.phases["loading"].seconds += start
-        found.phases = dict(meter.phases) | found.phases
+        works.insert(0, (_training, "grpo", track, t.generation == "vllm_colocate"))
+    for work, policy, test, by_vllm in works:
+        measuring = partial(measure, work, source, p, (track, policy, test), room)
+        one = in_own_process(measuring) if by_vllm else measuring()
+        for name in one.phases:
+            one.phases[name].seconds += start * name.startswith("loading")
+        found.phases = one.phases | found.phases
+        found.repeats |= one.repeats
+        found.misfits += one.misfits
     found.phases = {name: found.phases[name] for name in [*PHASES, *found.phases] if name in found.phases}
     return found
+
+
+def measure(work: Work, source: Source, p: Plan, case: Case, room: float) -> Checked:
+    """Measure the work of one job, and tell what does not fit."""
+    c = source.configuration
+    found, meter = Checked(case[0]), Meter(c.policy.device, c.numeric_threads)
+    with memory_told(found, meter, p, room):
+        work(source, p, case, room, meter, found)
+    found.phases = dict(meter.phases)
+    return found
+
+
+def in_own_process(measuring: Callable[[], Checked]) -> Checked:
+    """Measure in a process of its own, as a job is: vLLM keeps memory of the GPU as long as its process lives."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measuring).result()
 
 
 @contextmanager
@@ -85,13 +111,21 @@ def memory_told(found: Checked, meter: Meter, p: Plan, room: float) -> Iterator[
     """Tell which phase ran out of memory and what to lower, and free what it held."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, ValueError) as error:
+        if "memory" not in str(error):
+            raise
         phase, c = str(meter.now), p.configuration
-        stage = stage_of(p, found.track, phase)
-        planned = {"reference": "update", "loading": next(iter(stage.memory))}.get(phase, phase.split()[0])
-        told = str(error).split(". ")[0]
-        lower = remedy(c, stage, planned, stage.memory[planned], room)
-        found.misfits.append(f"{stage.name}, {phase}: does not fit ({told}); {lower}")
+        stage, name = stage_of(p, found.track, phase), phase.split()[0]
+        if isinstance(error, ValueError):  # by vLLM, which asks for more memory or for less
+            key = f"training.{found.track}" if stage.name.startswith("train_grpo") else "rollouts"
+            found.misfits.append(
+                f"{stage.name}, {phase}: vLLM does not start ({error}); change {key}.vllm.gpu_memory_utilization"
+            )
+        else:
+            planned = {"reference": "update", "loading": next(iter(stage.memory))}.get(name, name)
+            told = str(error).split(". ")[0]
+            lower = remedy(c, stage, planned, stage.memory[planned], room)
+            found.misfits.append(f"{stage.name}, {phase}: does not fit ({told}); {lower}")
         meter.phases.pop(phase, None)
         meter.now = None
     gc.collect()
@@ -115,9 +149,9 @@ def one_process(config: TrainGrpo, steps: int) -> TrainGrpo:
     return config.model_copy(update={"training": t.model_copy(update=changed), "distributed": None})
 
 
-def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, found: Checked) -> None:
+def _training(source: Source, p: Plan, case: Case, room: float, meter: Meter, found: Checked) -> None:
     """Train: one generation to warm up, then those that are measured, and all steps on each; validate one batch."""
-    c = source.configuration
+    c, (track, *_) = source.configuration, case
     t: Training = getattr(c.training, track)
     cycles = BATCHES[c.policy.device]
     config = one_process(TrainGrpo.of(c, track, c.seeds[0]), (1 + cycles) * t.num_iterations)
@@ -129,6 +163,8 @@ def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, 
     model, processor = base.model, base.processor
     config = config.model_copy(update={"model": base.config})
     check_adapted_layers(model, t.lora.target_modules)
+    if t.generation == "vllm_colocate":
+        model.name_or_path = str(source.served(base))
     policy, sampling = as_policy(model, processor, base.config), as_in_training(t.temperature, t.max_completion_tokens)
 
     def split(name: Any, planned: Questions, n: int) -> tuple[Split, Any]:
@@ -142,7 +178,8 @@ def _training(source: Source, p: Plan, track: Track, room: float, meter: Meter, 
     settings = grpo_config(config, source.folder / track, resumed=True)  # no validation at the start
     settings.eval_strategy = settings.save_strategy = "no"
     validate = CountedValidation(config, policy, held_out, validated, sampling, 0)
-    trainer = grpo_trainer(MeasuredTrainer, settings, items, shown.images, validate)
+    with meter.phase("loading"):
+        trainer = grpo_trainer(MeasuredTrainer, settings, items, shown.images, validate)
     adapted: Any = trainer.model
     adapted.save_pretrained(source.folder / track / "adapter")
     trainer.meter = meter
@@ -181,29 +218,35 @@ def _divide(trainer: MeasuredTrainer, meter: Meter, cycles: int, iterations: int
         meter.phases[name].tokens = tokens[name]
 
 
-def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: Meter, found: Checked) -> None:
+def _rollouts(source: Source, p: Plan, case: Case, room: float, meter: Meter, found: Checked) -> None:
     """Generate one batch of rollouts, with an adapter for a trained policy."""
     (track, policy_name, test), c = case, source.configuration
     r = c.rollouts
     budget = r.sampling.max_thinking_tokens + r.sampling.max_answer_tokens
     tests = questions(c, source.reader, track, test, "test")
     name = f"rollouts {policy_name}"
-    meter.turn("loading")
-    base: Base = source.base(track, completion_length(c, p.assumed, track, budget))
+    length, by_vllm = completion_length(c, p.assumed, track, budget), r.engine == "vllm"
     adapter = source.folder / track / "adapter"
     trained = policy_name == "grpo" and adapter.is_dir()  # it is not there where the training could not be loaded
-    policy = ready_policy(base.model, base.processor, adapter if trained else None, base.config, "run check-gpu again")
+    meter.turn(f"loading {name}" if by_vllm else "loading")
+    policy: Policy
+    config: ModelConfig
+    if by_vllm:
+        policy, config = source.in_vllm(track, length, adapter if trained else None)
+    else:
+        model, processor, config = source.base(track, length)
+        policy = ready_policy(model, processor, adapter if trained else None, config, "run check-gpu again")
     batch = min(r.batch_items, round(tests.items))
     number = min(BATCHES[c.policy.device] * batch, round(tests.items))
-    made = asked(c, base.config, base.processor, not source.random, test, "test", tests, number)
-    if base.config.protocol == "pointwise":
-        items = pointwise_items(made.rows, set(made.images.sizes))
+    made = asked(c, config, policy.processor, not source.random, test, "test", tests, number)
+    if config.protocol == "pointwise":
+        items: list[Item] = pointwise_items(made.rows, set(made.images.sizes))
     else:
         items = anchor_items(made.rows, set(made.images.sizes), c.seeds[0], r.both_orders)
     meter.turn(None)
     with meter.phase(name) as measured_rollouts:
         rollouts = list(
-            generate(
+            (vllm_engine.generate if by_vllm else generate)(
                 policy,
                 items[:number],
                 made.images,
@@ -220,18 +263,19 @@ def _rollouts(source: Source, p: Plan, case: tuple[Track, str, Dataset], meter: 
 
 
 def without_vllm(c: Configuration) -> tuple[Configuration, list[str]]:
-    """Put transformers in the place of vLLM, which is not measured, and say where."""
-    here = "" if importlib.util.find_spec("vllm") else " (vLLM is not in this environment)"
-    changed: dict[str, Any] = {}
+    """Put transformers in the place of vLLM where it is not here or is a server, and say so."""
+    here = importlib.util.find_spec("vllm") is not None
+    missing = f"no vLLM in {c.vllm_python}: make vllm-{'cpu' if c.policy.device == 'cpu' else 'gpu'}"
+    told: dict[str, str] = {}
+    training, rollouts = c.training, c.rollouts
     for track in c.tracks:
-        t: Training = getattr(c.training, track)
-        if t.generation.startswith("vllm"):
-            changed[track] = t.model_copy(update={"generation": "transformers"})
-    keys = [f"training.{track}.generation" for track in changed] + ["rollouts.engine"] * (c.rollouts.engine == "vllm")
-    parts = {
-        "training": c.training.model_copy(update=changed),
-        "rollouts": c.rollouts.model_copy(update={"engine": "transformers"}),
-    }
-    return c.model_copy(update=parts), [
-        f"{key} is vLLM: transformers was measured and planned in its place{here}" for key in keys
+        t: Training = getattr(training, track)
+        if t.generation == "vllm_server" or (t.generation == "vllm_colocate" and not here):
+            told[f"training.{track}.generation"] = "a server is not measured" if here else missing
+            training = training.model_copy(update={track: t.model_copy(update={"generation": "transformers"})})
+    if rollouts.engine == "vllm" and not here:
+        told["rollouts.engine"] = missing
+        rollouts = rollouts.model_copy(update={"engine": "transformers"})
+    return c.model_copy(update={"training": training, "rollouts": rollouts}), [
+        f"{key} is vLLM: transformers was measured and planned in its place ({why})" for key, why in told.items()
     ]

@@ -1,10 +1,8 @@
 """What was measured beside the plan, and the hours that follow from it, as Markdown and as JSON."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-from tabulate import tabulate
 
 from workflow_scripts.planning.devices import GIGABYTE
 from workflow_scripts.planning.plan import Plan, completion_length
@@ -64,10 +62,12 @@ def hours(r: Report) -> Iterator[tuple[str, int, float | None, float]]:
         repeats: dict[str, float | None] = {"loading": stage.jobs // len(c.seeds)}
         if kind == "train_grpo":
             repeats |= {name: checked.repeats.get(name) for name in ("generation", "update", "validation")}
-            if getattr(c.training, track).beta > 0:
+            if stage.costs["reference"].seconds:
                 repeats["reference"] = checked.repeats.get("reference")
         else:
             name = f"rollouts {stage.name.split()[2]}"
+            if c.rollouts.engine == "vllm":
+                repeats = {f"loading {name}": repeats["loading"]}
             items = checked.repeats.get(name)
             repeats[name] = stage.asked.items * c.rollouts.blocks / items if items else None
         known = [checked.phases[n].seconds * k for n, k in repeats.items() if k is not None and n in checked.phases]
@@ -106,17 +106,26 @@ def markdown(r: Report) -> str:
             "",
             "One run of each phase, at the sizes of the configuration.",
             "",
-            tabulate(phases, HEAD, tablefmt="github", disable_numparse=True),
+            table(phases, HEAD),
             "",
             "GPU-hours that follow:" if c.policy.device == "cuda" else "Hours that follow:",
             "",
-            tabulate(rows, ["stage of one seed", "jobs", "hours", "planned"], tablefmt="github", disable_numparse=True),
+            table(rows, ["stage of one seed", "jobs", "hours", "planned"]),
             "",
             *(f"- **{text}**" for text in r.misfits),
             *(f"- {text}" for text in notes),
             "",
         ]
     )
+
+
+def table(rows: Sequence[Sequence[object]], header: list[str]) -> str:
+    """Format a table as Markdown; vLLM's environment has no library for it."""
+    texts = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    texts.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in texts]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 def as_json(r: Report) -> dict[str, Any]:

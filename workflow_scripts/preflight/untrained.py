@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from workflow_scripts.configuration.model import Configuration, Track
 from workflow_scripts.configuration.stages import ModelConfig
@@ -20,8 +21,10 @@ from workflow_scripts.files.writing import write_json
 from workflow_scripts.planning.costs import Length
 from workflow_scripts.planning.devices import PlanError
 from workflow_scripts.planning.tokens import Reader, model_folder, read_policy
-from workflow_scripts.policy.loading import load_model, load_processor, read_processor
+from workflow_scripts.policy.loading import Policy, load_model, load_processor, read_processor
 from workflow_scripts.policy.manifest import model_files
+from workflow_scripts.rollouts.vllm_engine import folder_into_vllm, load_into_vllm
+from workflow_scripts.training.generation import served_folder
 
 BARE = {1: "{image} {prompt}", 2: "{image} {image} {prompt}"}  # questions whose words are all filled in
 
@@ -76,24 +79,60 @@ class Source:
             track: whose question it is asked.
             length: of its completions, for random weights.
         """
-        c = self.configuration
-        config = ModelConfig.of(c, track)
+        config = ModelConfig.of(self.configuration, track)
         torch.set_num_threads(config.numeric_threads)
         if not self.random:
-            manifest = self.folder / "manifest.json"
-            write_json(manifest, {"path": c.policy.bundled, "files": model_files(ROOT / c.policy.bundled)})
+            manifest = self._bundled()
             return Base(load_model(manifest, config), load_processor(manifest, config), config)
+        architecture, processor, config = self._without_weights(config)
+        model = random_weights(architecture, config)
+        model.generation_config = endings(architecture, processor, length)
+        return Base(model, processor, config)
+
+    def served(self, base: Base) -> Path:
+        """Fill a folder with this policy for vLLM in training; random weights are written to it."""
+        folder = self.folder / "served"
+        if not self.random:
+            return served_folder(ROOT / self.configuration.policy.bundled, base.model, base.processor, folder)
+        base.model.save_pretrained(folder)
+        base.processor.save_pretrained(folder)
+        return folder
+
+    def in_vllm(self, track: Track, length: Length, adapter: Path | None) -> tuple[Policy, ModelConfig]:
+        """Load the policy with an adapter, if there is one, into vLLM for rollouts; it makes random weights itself.
+
+        Args:
+            track: whose question it is asked.
+            length: of its completions, for random weights.
+            adapter: folder of the adapter.
+        """
+        config, settings = ModelConfig.of(self.configuration, track), self.configuration.rollouts.vllm
+        if not self.random:
+            return load_into_vllm(self._bundled(), adapter, config, settings), config
+        architecture, processor, config = self._without_weights(config)
+        folder = self.folder / "without_weights"
+        architecture.architectures = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[architecture.model_type]]
+        for part in (architecture, processor, endings(architecture, processor, length)):
+            part.save_pretrained(folder)
+        return folder_into_vllm(folder, processor, adapter, config, settings, load_format="dummy"), config
+
+    def _bundled(self) -> Path:
+        """Manifest of the bundled policy."""
+        manifest, bundled = self.folder / "manifest.json", self.configuration.policy.bundled
+        write_json(manifest, {"path": bundled, "files": model_files(ROOT / bundled)})
+        return manifest
+
+    def _without_weights(self, config: ModelConfig) -> tuple[Any, Any, ModelConfig]:
+        """Architecture and processor of random weights, and how they are asked."""
+        c = self.configuration
         folder = ROOT / c.policy.bundled if self.stands_in else model_folder(c)
         assert folder
-        architecture = self.reader.architecture.config
+        architecture = copy.deepcopy(self.reader.architecture.config)
         if self.stands_in:
             bundled = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             architecture = with_tokens_of(architecture, bundled)
             config = config.model_copy(update={"template": BARE[config.template.count("{image}")]})
-        processor = read_processor(folder, config)
-        model = random_weights(architecture, config)
-        end_after(model, processor, length)
-        return Base(model, processor, config)
+        return architecture, read_processor(folder, config), config
 
 
 def with_tokens_of(config: Any, other: dict[str, Any]) -> Any:
@@ -116,13 +155,18 @@ def random_weights(architecture: Any, config: ModelConfig) -> Any:
     return model.eval()
 
 
-def end_after(model: Any, processor: Any, length: Length | None) -> None:
-    """Let so many tokens of the vocabulary end a completion that its mean and its budget are those of `length`."""
+def endings(architecture: Any, processor: Any, length: Length | None) -> GenerationConfig:
+    """Let so many tokens of the vocabulary end a completion that its mean and its budget are those of `length`.
+
+    The image's token ends one, too: it would ask for an image that is not there.
+    """
     tokenizer = processor.tokenizer
     ends = [tokenizer.eos_token_id]
     if length:
-        ends += ending_tokens(model.config.get_text_config().vocab_size, length, set(tokenizer.all_special_ids))
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+        special = {*tokenizer.all_special_ids, processor.image_token_id}
+        ends += ending_tokens(architecture.get_text_config().vocab_size, length, special)
+        ends.append(processor.image_token_id)
+    return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
 
 
 def ending_tokens(vocabulary: int, length: Length, without: set[int]) -> list[int]:

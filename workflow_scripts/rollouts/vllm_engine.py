@@ -52,7 +52,31 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
     Raises:
         PolicyError: the folder differs from the manifest, vLLM is not installed, or it does not support the policy.
     """
-    folder, adapter = base_path(manifest), adapter or published_adapter(manifest)
+    processor = load_processor(manifest, config)
+    return folder_into_vllm(base_path(manifest), processor, adapter or published_adapter(manifest), config, settings)
+
+
+def folder_into_vllm(
+    folder: Path,
+    processor: Any,
+    adapter: Path | None,
+    config: ModelConfig,
+    settings: RolloutsVllm,
+    load_format: str = "auto",
+) -> Policy:
+    """Load the base policy in a folder into vLLM, as `load_into_vllm` does.
+
+    Args:
+        folder: of the base policy.
+        processor: of it.
+        adapter: folder of the LoRA adapter, if there is one.
+        config: of the policy.
+        settings: of vLLM.
+        load_format: of the weights; with vLLM's `dummy` the folder needs none, and they are random.
+
+    Raises:
+        PolicyError: vLLM is not installed, or it does not support the policy.
+    """
     # vLLM reads these on import. The workflow sets OMP_NUM_THREADS; binding would put all jobs on one core.
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -76,7 +100,6 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
         raise PolicyError(
             f"{adapter} has rank {rank}, vLLM supports at most {RANKS[-1]}; set rollouts.engine to transformers"
         )
-    processor = load_processor(manifest, config)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text_config = model_config.get_text_config()
     text_config.max_position_embeddings = min(settings.max_model_len, text_config.max_position_embeddings)
@@ -89,6 +112,7 @@ def load_into_vllm(manifest: Path, adapter: Path | None, config: ModelConfig, se
     on_cpu = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
     llm = LLM(
         model=str(folder),
+        load_format=load_format,
         dtype=config.dtype,
         seed=0,
         max_model_len=text_config.max_position_embeddings,
