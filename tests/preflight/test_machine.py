@@ -97,6 +97,16 @@ def test_what_is_here_already_is_not_downloaded_again(tmp_path: Path) -> None:
     assert set(downloads_to_come(given)) == {Path("results/downloads/hub/imagereward")}
 
 
+def test_of_test_sets_alone_less_is_to_come() -> None:
+    only = {"hub": {"test_only": True}}
+    c = paper(policies=["zeroshot"], datasets={"imagereward": only, "hpsv2": only})
+    tests = [
+        f["bytes"] for name in ("imagereward", "hpsv2") for n, f in PUBLISHED[name]["files"].items() if "test" in n
+    ]
+    found = downloads_to_come(c)
+    assert sum(size for folder, size in found.items() if "hub" in folder.parts) == sum(tests)
+
+
 def test_jobs_say_what_they_need_of_a_gpu() -> None:
     launched = jobs.launcher(paper(), "generate_rollouts")
     python = ROOT / ".venv-vllm/bin/python"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset
-from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.configuration.published import PUBLISHED, download_sizes
 from workflow_scripts.planning.architecture import BYTES, FULL
 from workflow_scripts.planning.memory import Model
 from workflow_scripts.planning.workload import published_totals, selected_rows, synthetic_rows
@@ -84,11 +84,7 @@ def _dataset(c: Configuration, dataset: Dataset, trained: bool) -> list[Artifact
 def _published(c: Configuration, dataset: Dataset, splits: list[Any]) -> tuple[float, dict[str, float]]:
     """Bytes of the published files, and of the images kept of each split: as many as its share of the images."""
     published = PUBLISHED[dataset]
-    files = {name: float(file["bytes"]) for name, file in published["files"].items()}
-    if dataset == "imagereward":
-        files["images/train"] = float(published["train_sets"][c.datasets.imagereward.hub.train_set]["bytes"])
-    if getattr(c.datasets, dataset).hub.test_only:
-        files = {name: size for name, size in files.items() if "test" in name}
+    files = download_sizes(dataset, getattr(c.datasets, dataset).hub)
     parts = {"imagereward": "images/{}", "hpsv2": "{}.tar.gz"}[dataset]
     kept = {}
     for split in splits:

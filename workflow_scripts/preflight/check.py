@@ -114,7 +114,7 @@ def memory_told(found: Checked, meter: Meter, p: Plan, room: float) -> Iterator[
     except (torch.OutOfMemoryError, ValueError) as error:
         if "memory" not in str(error):
             raise
-        phase, c = str(meter.now), p.configuration
+        phase, c = meter.now or "loading", p.configuration
         stage, name = stage_of(p, found.track, phase), phase.split()[0]
         if isinstance(error, ValueError):  # by vLLM, which asks for more memory or for less
             key = f"training.{found.track}" if stage.name.startswith("train_grpo") else "rollouts"

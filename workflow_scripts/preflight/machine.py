@@ -9,7 +9,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from workflow_scripts.configuration import jobs
 from workflow_scripts.configuration.model import Configuration
-from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.configuration.published import download_sizes
 from workflow_scripts.running.gpus import Gpu, GpuError, check_gpus, visible_names
 from workflow_scripts.running.take_gpus import locks, occupied
 
@@ -70,10 +70,7 @@ def downloads_to_come(c: Configuration) -> dict[Path, float]:
     for dataset in dict.fromkeys([*c.tracks, *(cross.test for cross in c.cross_tests)]):
         data, folder = getattr(c.datasets, dataset), Path(c.downloads) / "hub" / dataset
         if data.source == "hub" and not data.hub.path and not (folder / "dataset.json").is_file():
-            published = PUBLISHED[dataset]
-            found[folder] = sum(file["bytes"] for file in published["files"].values())
-            if dataset == "imagereward":
-                found[folder] += published["train_sets"][data.hub.train_set]["bytes"]
+            found[folder] = sum(download_sizes(dataset, data.hub).values())
     hub = c.policy.hub
     if c.policy.source == "hub" and not hub.path and not (Path(c.results) / "policies/base/manifest.json").is_file():
         found[Path(HF_HUB_CACHE) / f"models--{hub.repository.replace('/', '--')}"] = jobs.weights_bytes(c)

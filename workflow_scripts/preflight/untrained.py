@@ -21,6 +21,7 @@ from workflow_scripts.files.writing import write_json
 from workflow_scripts.planning.costs import Length
 from workflow_scripts.planning.devices import PlanError
 from workflow_scripts.planning.tokens import Reader, model_folder, read_policy
+from workflow_scripts.policy.fast.enable import return_float32_logits
 from workflow_scripts.policy.loading import Policy, load_model, load_processor, read_processor
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.rollouts.vllm_engine import folder_into_vllm, load_into_vllm
@@ -152,6 +153,7 @@ def random_weights(architecture: Any, config: ModelConfig) -> Any:
         model: Any = AutoModelForImageTextToText.from_config(
             copy.deepcopy(architecture), dtype=getattr(torch, config.dtype), attn_implementation=config.attention
         )
+    return_float32_logits(model)
     return model.eval()
 
 
