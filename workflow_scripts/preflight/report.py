@@ -1,8 +1,10 @@
 """What was measured beside the plan, and the hours that follow from it, as Markdown and as JSON."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from tabulate import tabulate
 
 from workflow_scripts.planning.devices import GIGABYTE
 from workflow_scripts.planning.plan import Plan, completion_length
@@ -106,26 +108,17 @@ def markdown(r: Report) -> str:
             "",
             "One run of each phase, at the sizes of the configuration.",
             "",
-            table(phases, HEAD),
+            tabulate(phases, HEAD, tablefmt="github", disable_numparse=True),
             "",
             "GPU-hours that follow:" if c.policy.device == "cuda" else "Hours that follow:",
             "",
-            table(rows, ["stage of one seed", "jobs", "hours", "planned"]),
+            tabulate(rows, ["stage of one seed", "jobs", "hours", "planned"], tablefmt="github", disable_numparse=True),
             "",
             *(f"- **{text}**" for text in r.misfits),
             *(f"- {text}" for text in notes),
             "",
         ]
     )
-
-
-def table(rows: Sequence[Sequence[object]], header: list[str]) -> str:
-    """Format a table as Markdown; vLLM's environment has no library for it."""
-    texts = [header, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    texts.insert(1, ["-" * width for width in widths])
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in texts]
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 def as_json(r: Report) -> dict[str, Any]:
