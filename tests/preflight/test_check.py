@@ -161,8 +161,9 @@ def test_a_process_measures_its_share(tmp_path: Path) -> None:
 
 
 def test_vllm_is_replaced_where_it_is_missing() -> None:
-    raw = {"tracks": ["hpsv2"], "training": {"hpsv2": {"generation": "vllm_colocate"}}, "policy": {"device": "cuda"}}
-    c, told = without_vllm(load(raw | {"vllm_python": "python"}))
+    raw = {"tracks": ["hpsv2"], "training": {"hpsv2": {"generation": "vllm_colocate"}}}
+    policy = {"device": "cuda", "dtype": "bfloat16"}
+    c, told = without_vllm(load(raw | {"vllm_python": "python", "policy": policy}))
     assert c.training.hpsv2.generation == c.rollouts.engine == "transformers"
     (said,) = told
     assert said.startswith("training.hpsv2.generation is vLLM")
