@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -70,7 +71,7 @@ def _run_where_jobs_do(c: Configuration) -> None:
     if python != "python" and importlib.util.find_spec("vllm") is None and os.access(python, os.X_OK):
         if Path(python).parent.samefile(Path(sys.executable).parent):
             return
-        os.execv(python, [python, "-m", "workflow_scripts", *sys.argv[1:]])
+        sys.exit(subprocess.run([python, "-m", "workflow_scripts", *sys.argv[1:]], check=False).returncode)
 
 
 def _seconds_of_this_process() -> float:
