@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from workflow_scripts.configuration.model import Configuration, ConfigurationError
-from workflow_scripts.configuration.published import PUBLISHED
+from workflow_scripts.configuration.published import published_files
 from workflow_scripts.files.paths import ROOT
 
 
@@ -79,5 +79,5 @@ def weights_bytes(c: Configuration) -> float:
         return 0
     if c.policy.hub.path:
         return sum(path.stat().st_size for path in Path(c.policy.hub.path).glob("*.safetensors"))
-    files = [entry["files"] for entry in PUBLISHED.values() if entry["repository"] == c.policy.hub.repository]
-    return sum(file["bytes"] for found in files for name, file in found.items() if name.endswith(".safetensors"))
+    files = published_files(c.policy.hub.repository)
+    return sum(file["bytes"] for name, file in files.items() if name.endswith(".safetensors"))

@@ -24,3 +24,8 @@ def download_sizes(dataset: str, hub: Any) -> dict[str, float]:
     if dataset == "imagereward":
         sizes["images/train"] = float(published["train_sets"][hub.train_set]["bytes"])
     return {name: size for name, size in sizes.items() if "test" in name} if hub.test_only else sizes
+
+
+def published_files(repository: str) -> dict[str, dict[str, Any]]:
+    """Published files of a repository, by name, with their bytes; none where it is not known."""
+    return next((entry["files"] for entry in PUBLISHED.values() if entry["repository"] == repository), {})

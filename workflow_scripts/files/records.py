@@ -19,12 +19,12 @@ def file_record(path: Path) -> dict[str, Any]:
 def is_as_recorded(path: Path, record: dict[str, Any]) -> bool:
     """Tell whether a file has its recorded content; a file with its recorded size and modification time is not read.
 
-    A record that has no size and time is compared by digest.
+    Nor is one of another size. A record that has no size and time is compared by digest.
     """
     status = path.stat()
-    if (status.st_size, status.st_mtime_ns) == (record.get("bytes"), record.get("mtime_ns")):
-        return True
-    return file_digest(path) == str(record["sha256"])
+    if status.st_size != record.get("bytes", status.st_size):
+        return False
+    return status.st_mtime_ns == record.get("mtime_ns") or file_digest(path) == str(record["sha256"])
 
 
 def check_file(path: Path, record: dict[str, Any], recorded_in: Path) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset
-from workflow_scripts.configuration.published import PUBLISHED, download_sizes
+from workflow_scripts.configuration.published import PUBLISHED, download_sizes, published_files
 from workflow_scripts.planning.architecture import BYTES, FULL
 from workflow_scripts.planning.memory import Model
 from workflow_scripts.planning.workload import published_totals, selected_rows, synthetic_rows
@@ -48,9 +48,8 @@ def _policy(c: Configuration, m: Model) -> Artifact:
         return Artifact("policy", c.policy.bundled, 0, weights)
     if c.policy.hub.path:
         return Artifact("policy", c.policy.hub.path, 0, 0)
-    published = [entry for entry in PUBLISHED.values() if entry["repository"] == c.policy.hub.repository]
-    if published:
-        weights = float(sum(file["bytes"] for file in published[0]["files"].values()))
+    if published := published_files(c.policy.hub.repository):
+        weights = float(sum(file["bytes"] for file in published.values()))
     return Artifact("policy", "the Hub's cache (HF_HOME)", weights, weights)
 
 

@@ -191,7 +191,7 @@ def generation_cost(
     """
     completions = t.prompts_per_step * t.group_size // d.processes
     groups = completions / t.group_size
-    if t.generation not in ("transformers", "trl"):
+    if t.generation.startswith("vllm"):
         share = t.vllm.gpu_memory_utilization if t.generation == "vllm_colocate" else SERVER_SHARE
         return vllm_cost(m, gpu, assumed, train, groups, groups, t.group_size, length, share, adapted=False)
     engine = engine_generates(t, d)
@@ -234,7 +234,7 @@ def training_costs(
     tokens = train.mean + length.longest
     scored = length.mean if gpu.name != CPU else tokens - 1  # only with Triton the padding is left out
     groups = completions / t.group_size
-    vllm = t.generation not in ("transformers", "trl")
+    vllm = t.generation.startswith("vllm")
     if vllm:
         looked = image_flops(m, train) * (groups if t.share_prompts else completions)
     else:

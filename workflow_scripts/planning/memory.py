@@ -200,7 +200,7 @@ def training_memory(
         resident["vLLM"] = vllm_bytes(m, gpu, t.vllm.gpu_memory_utilization, tokens, adapted=False)
     pixels = completions * pixel_bytes(a.vision, "float32") * sum(image.patches for image in train.largest)
     phases = {}
-    if t.generation in ("transformers", "trl"):
+    if not t.generation.startswith("vllm"):
         group = t.group_size if engine_generates(t, d) else 1
         phases["generation"] = resident | {"pixels": pixels}
         phases["generation"] |= generation_bytes(

@@ -11,7 +11,7 @@ from workflow_scripts.files.paths import ROOT, from_here
 from workflow_scripts.files.records import file_record, is_as_recorded
 from workflow_scripts.running.provenance import sidecar_path
 
-ADAPTER = "adapter_model.safetensors"  # as PEFT names it
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT names them
 
 # Weights as safetensors only, because loading a pickle runs code; no *.py, because a model's own code is never run.
 NEEDED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
@@ -45,7 +45,7 @@ def base_files(folder: Path) -> list[Path]:
             f"{folder} holds no *.safetensors{f', only {pickled}, which are not loaded' if pickled else ''}; set "
             "policy.source and policy.bundled or policy.hub to a model folder with weights as safetensors"
         )
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         raise PolicyError(f"{folder} holds an adapter, not a base policy; merge it into its base model and save that")
     return paths
 

@@ -6,9 +6,7 @@ from typing import Any
 
 from workflow_scripts.files.digests import file_digest
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.policy.manifest import ADAPTER, PolicyError
-
-ADAPTER_CONFIG = "adapter_config.json"  # as PEFT names it
+from workflow_scripts.policy.manifest import ADAPTER, ADAPTER_CONFIG, PolicyError
 
 
 def adapter_files(folder: Path, bases: tuple[str, ...]) -> dict[str, str]:

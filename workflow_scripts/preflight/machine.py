@@ -51,7 +51,7 @@ def check_disk(c: Configuration) -> None:
     needed: dict[int, float] = defaultdict(float)
     folders: dict[int, Path] = {}
     for folder, size in downloads_to_come(c).items():
-        there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+        there = existing(folder)
         present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
         needed[there.stat().st_dev] += max(0.0, size - present)
         folders[there.stat().st_dev] = there
@@ -62,6 +62,11 @@ def check_disk(c: Configuration) -> None:
                 f"{folders[device]} has {free / 1e9:.1f} GB free, and {size / 1e9:.1f} GB are still to be downloaded "
                 "there; free some, or set `downloads` and HF_HOME to folders on a larger disk"
             )
+
+
+def existing(folder: Path) -> Path:
+    """Return a folder, or the first of those above it that is there, and so is on its disk."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
 
 
 def downloads_to_come(c: Configuration) -> dict[Path, float]:

@@ -9,6 +9,7 @@ from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.planning.devices import CPU, FACTS, GIGABYTE, Assumptions, data_sheet, this_cpu
 from workflow_scripts.planning.plan import plan
 from workflow_scripts.preflight.check import check_track, without_vllm
+from workflow_scripts.preflight.machine import existing
 from workflow_scripts.preflight.report import Report
 from workflow_scripts.preflight.untrained import Source
 from workflow_scripts.running.gpus import Gpu
@@ -68,7 +69,7 @@ def device_named(name: str, memory: float) -> str | None:
 
 def disk(c: Configuration, needed: float) -> list[str]:
     """Say where the plan's files do not fit on the disk, those that are there already counted again."""
-    there = next(place for place in (Path(c.results).absolute(), *Path(c.results).absolute().parents) if place.is_dir())
+    there = existing(Path(c.results))
     free = shutil.disk_usage(there).free
     if needed <= free:
         return []

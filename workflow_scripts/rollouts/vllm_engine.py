@@ -22,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from workflow_scripts.configuration.model import RolloutsVllm, Sampling
 from workflow_scripts.configuration.stages import ModelConfig
 from workflow_scripts.policy.loading import Policy, as_policy, image_settings, load_processor
-from workflow_scripts.policy.manifest import PolicyError, base_path
+from workflow_scripts.policy.manifest import ADAPTER_CONFIG, PolicyError, base_path
 from workflow_scripts.policy.prompts import OPEN_ANSWER, messages
 from workflow_scripts.policy.published_adapter import published_adapter
 from workflow_scripts.preferences.images import Images
@@ -94,7 +94,7 @@ def folder_into_vllm(
         ) from error
     logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)  # it warns twice per request
     torch.set_num_threads(config.numeric_threads)
-    rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else RANKS[0]
+    rank = json.loads((adapter / ADAPTER_CONFIG).read_text())["r"] if adapter else RANKS[0]
     if rank > RANKS[-1]:
         raise PolicyError(
             f"{adapter} has rank {rank}, vLLM supports at most {RANKS[-1]}; set rollouts.engine to transformers"

@@ -13,8 +13,8 @@ from workflow_scripts.configuration.model import PolicyAdapter, PolicyHub
 from workflow_scripts.configuration.stages import PrepareBasePolicy
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.writing import write_json
-from workflow_scripts.policy.manifest import ADAPTER, NEEDED, model_records
-from workflow_scripts.policy.published_adapter import ADAPTER_CONFIG, adapter_files
+from workflow_scripts.policy.manifest import ADAPTER, ADAPTER_CONFIG, NEEDED, model_records
+from workflow_scripts.policy.published_adapter import adapter_files
 from workflow_scripts.preferences.hub import fetch
 from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage

@@ -26,7 +26,7 @@ from workflow_scripts.configuration.stages import TrainGrpo
 from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import replacing, write_json
 from workflow_scripts.policy.loading import as_policy, check_adapted_layers, load_model, load_processor
-from workflow_scripts.policy.manifest import ADAPTER, base_path
+from workflow_scripts.policy.manifest import ADAPTER, ADAPTER_CONFIG, base_path
 from workflow_scripts.preferences.schema import SchemaError
 from workflow_scripts.running.command_line import Input, Output, StageArguments
 from workflow_scripts.tracking.stage_run import run_stage
@@ -121,7 +121,7 @@ def main() -> None:
         best = folder / Path(trainer.state.best_model_checkpoint).name
         with replacing(arguments.adapter) as temporary:
             shutil.copyfile(best / ADAPTER, temporary)
-        adapter_config = json.loads((best / "adapter_config.json").read_text())
+        adapter_config = json.loads((best / ADAPTER_CONFIG).read_text())
         adapter_config["base_model_name_or_path"] = json.loads(arguments.base.read_text())["path"]
         write_json(arguments.adapter_config, adapter_config)
         seen = trained_on(t, steps, len(items), config.seed)
