@@ -24,8 +24,9 @@ sys.path.insert(0, str(workflow.basedir))
 from workflow_scripts.configuration import jobs, stages, targets
 from workflow_scripts.configuration.model import VALIDATION_FROM, load
 from workflow_scripts.running.locks import Lock
+from workflow_scripts.running.arithmetic import other_digits
 from workflow_scripts.running.code_digest import code_digest
-from workflow_scripts.running.environment import stage_environment
+from workflow_scripts.running.environment import stage_environment, start_of
 from workflow_scripts.running.mismatches import refuse_unrecorded
 from workflow_scripts.running.provenance import SUFFIX
 from workflow_scripts.policy.manifest import ADAPTER, bundled_files
@@ -49,6 +50,8 @@ STARTED = time.time()
 onstart:
     started = {job.rule.name for job in workflow.dag.needrun_jobs()}
     jobs.check_interpreters(configuration, started)
+    if line := other_digits(configuration.numeric_instructions):
+        print(f"note: {line}", file=sys.stderr)
     if workflow.local_exec and configuration.policy.device == "cuda":
         from workflow_scripts.preflight.machine import check_run
 

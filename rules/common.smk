@@ -34,7 +34,7 @@ def command(name, inputs, outputs, *others):
     An option without a file is left out, and one takes several; StageArguments reads both.
     """
     words = [
-        f"{jobs.launcher(configuration, name)} -m workflow_scripts.stages.{name}",
+        f"{start_of(configuration, name)} -m workflow_scripts.stages.{name}",
         *(f"--{option} {{input.{option}:q}}" for option in inputs.split()),
         *(f"--{option} {{output.{option}:q}}" for option in outputs.split()),
         *others,

@@ -398,7 +398,8 @@ def test_a_key_changes_the_stages_that_use_it_and_no_others() -> None:
     assert changed({"datasets": {"own": {"title": "unused"}}}) == set()
     assert changed({"policy": {"image_processor": {"do_rescale": True}}}) == {"TrainGrpo", "GenerateRollouts"}
     assert changed({"policy": {"attention": "eager"}}) == {"TrainGrpo", "GenerateRollouts"}
-    assert changed({"numeric_threads": 2}) == {"ColdStartPolicy", "TrainGrpo", "GenerateRollouts"}
+    for numeric in ({"numeric_threads": 2}, {"numeric_instructions": "native"}):
+        assert changed(numeric) == {"ColdStartPolicy", "TrainGrpo", "GenerateRollouts"}
     assert changed({"prompts": {"pointwise": "{image}{prompt}"}}) == {
         "ColdStartPolicy",
         "TrainGrpo",
@@ -406,6 +407,18 @@ def test_a_key_changes_the_stages_that_use_it_and_no_others() -> None:
     }
     assert changed({"results": "r", "downloads": "d", "seeds": [1, 2]}) == {"MakeTables"}
     assert changed({"tracking": {"enabled": False, "uri": "x", "experiment": "y", "artifact_megabytes": 1}}) == set()
+
+
+@pytest.mark.parametrize(
+    ("raw", "pinned"),
+    [
+        ({"policy": {"device": "cuda"}}, {"ColdStartPolicy"}),
+        ({"rollouts": {"engine": "vllm"}}, {"ColdStartPolicy", "TrainGrpo"}),
+    ],
+)
+def test_instructions_are_no_key_of_a_model_on_cuda_nor_of_vllm(raw: dict[str, Any], pinned: set[str]) -> None:
+    pairs = zip(instances(load(raw)), instances(load(raw | {"numeric_instructions": "native"})), strict=True)
+    assert {type(a).__name__ for a, b in pairs if a.canonical() != b.canonical()} == pinned
 
 
 def test_training_of_one_track_ignores_the_keys_of_the_other() -> None:

@@ -93,6 +93,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     sidecar: dict[str, Any] = {"stage": "train_grpo", "stage_key": "k", "config": {"track": "hpsv2", "seed": 0}}
     sidecar |= {"warnings": [ATTACK], "seconds": 60.0, "peak_memory_megabytes": 9, "code_digest": "c", "inputs": {}}
     sidecar |= {"git_commit": "abc", "started": "2026-01-01T00:00:00+00:00", "versions": {"torch": "2"}}
+    sidecar |= {"processor": {"vendor": "AuthenticAMD", "name": "zen3", "instructions": "avx2"}}
     paths = [folder / name for name in galleries]
     return content(paths, folder, folder / "figures", MakeReport.of(Configuration()), {"adapter": sidecar})[0]
 
@@ -119,6 +120,10 @@ class Elements(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_the_page_names_versions_and_processors(filled: dict[str, Any]) -> None:
+    assert filled["versions"] == "torch 2" and filled["processors"] == "zen3 (AuthenticAMD), avx2"
 
 
 def test_table1_says_what_was_trained_on(filled: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from checkout import Workflow
 
 from workflow_scripts.commands.log_runs import log_runs
 from workflow_scripts.files.paths import ROOT
+from workflow_scripts.running.arithmetic import is_capable, processor
 from workflow_scripts.running.provenance import verify
 from workflow_scripts.tracking.pages import curve_name
 
@@ -185,6 +186,7 @@ def test_every_rule_ran_and_every_output_is_as_its_sidecar_says(jobs: list[dict[
         declared = {path for path in job["outputs"] if not path.name.endswith(".provenance.json")}
         assert {path.name for path in declared} == set(sidecar["outputs"]), job["rule"]
         assert sidecar["stage_key"] and sidecar["code_digest"] and sidecar["versions"]["torch"]
+        assert sidecar["processor"] == processor() | {"instructions": "avx2" if is_capable() else "native"}
         assert sidecar["seconds"] > 0 and sidecar["peak_memory_megabytes"] > 0
     assert len(list(workflow.results.rglob("*.provenance.json"))) == len(jobs)
     assert not list(workflow.results.rglob("*.tmp")) and not list((workflow.results / "checkpoints").glob("*/"))

@@ -17,6 +17,7 @@ from workflow_scripts.commands.plan import split_settings
 from workflow_scripts.configuration.jobs import interpreter
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.planning.devices import Assumptions
+from workflow_scripts.running.arithmetic import pinned
 from workflow_scripts.running.command_line import Command
 
 
@@ -45,6 +46,8 @@ class CheckGpu(Command, Assumptions):
         c = read_configuration(self.configfile, parse_changes(self.config))
         _run_where_jobs_do(c)
         gpus = check_run(c, RUN_MODELS)
+        if c.policy.device == "cpu":
+            os.environ.update(pinned(c.numeric_instructions))
         import workflow_scripts.training.assembly  # noqa: F401  # what a training imports, for its start
 
         start = time.process_time() if c.policy.device == "cpu" else _seconds_of_this_process()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, Field
 from pydantic_settings import CliPositionalArg
 
+from workflow_scripts.running.arithmetic import pinned
 from workflow_scripts.running.command_line import Command, UsageError
 
 SHOWN = 40  # rows of the table in the terminal; the files have all
@@ -59,6 +60,7 @@ class Rank(Command):
         if not self.table and (self.prompt is None or not self.images):
             raise UsageError('give --prompt "…" with images or folders of them, or --table prompts.csv')
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        os.environ.update(pinned("avx2"))  # before PyTorch is loaded
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from workflow_scripts.ranking.listing import listed_files, listed_table
 

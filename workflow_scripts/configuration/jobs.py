@@ -38,6 +38,12 @@ def interpreter(c: Configuration, rule: str) -> str:
     return shlex.quote(str(ROOT / c.vllm_python)) if in_vllm(c, rule) else "python"
 
 
+def pins_instructions(c: Configuration, rule: str) -> bool:
+    """Whether `numeric_instructions` are those of a rule's job: not of models on CUDA, nor of vLLM."""
+    by_vllm = rule == "generate_rollouts" and c.rollouts.engine == "vllm"
+    return not (by_vllm or gpus(c, rule))
+
+
 def check_interpreters(c: Configuration, rules: Collection[str]) -> None:
     """Check that the environments of jobs of these rules are there.
 

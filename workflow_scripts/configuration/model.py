@@ -24,6 +24,7 @@ BOTH_POLICIES: list[PolicyName] = ["zeroshot", "grpo"]
 PolicySource = Literal["bundled", "cold_start", "hub"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
+Instructions = Literal["avx2", "native"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Engine = Literal["transformers", "vllm"]
 MissingAnswer = Literal["wrong", "neutral", "dropped"]
@@ -659,6 +660,9 @@ class Configuration(Section):
     """Extra rows of table1.csv, such as [{track: hpsv2, test: imagereward}]."""
     numeric_threads: int = Field(1, ge=1)
     """Threads of one numeric job; every result depends on it, since float32 sums do."""
+    numeric_instructions: Instructions = "avx2"
+    """Instruction set of numeric jobs on an x86-64 CPU: avx2 for the same digits on every such machine, or native,
+    whatever the processor has. No effect on a model on CUDA, nor on vLLM."""
     vllm_python: str = ".venv-vllm/bin/python"
     """Interpreter of the environment with vLLM, for all trainings and rollouts of a run in which vLLM generates;
     relative to the repository. A change reruns nothing."""

@@ -28,6 +28,7 @@ from workflow_scripts.configuration.model import (
     Distributed,
     Dtype,
     Engine,
+    Instructions,
     MissingAnswer,
     PairwiseTraining,
     PointwiseTraining,
@@ -55,6 +56,7 @@ class ColdStartPolicy(StageConfig):
     cold_start: ColdStart
     templates: dict[Protocol, str]
     numeric_threads: int
+    numeric_instructions: Instructions
 
     @classmethod
     def of(cls, c: Configuration) -> Self:
@@ -63,6 +65,7 @@ class ColdStartPolicy(StageConfig):
             cold_start=c.policy.cold_start,
             templates={"pointwise": c.prompts.pointwise, "pairwise": c.prompts.pairwise},
             numeric_threads=c.numeric_threads,
+            numeric_instructions=c.numeric_instructions,
         )
 
 
@@ -100,16 +103,19 @@ class ModelConfig(Section):
     max_pixels: int | None
     image_processor: dict[str, Any] = Field(default={}, exclude_if=lambda settings: not settings)
     numeric_threads: int
+    numeric_instructions: Instructions | None = Field(None, exclude_if=lambda instructions: instructions is None)
+    """None where they have no effect: on CUDA and for vLLM, which have kernels of their own."""
 
     @classmethod
-    def of(cls, c: Configuration, track: Track) -> Self:
-        """Select from the configuration."""
+    def of(cls, c: Configuration, track: Track, *, vllm: bool = False) -> Self:
+        """Select from the configuration, for vLLM or not."""
         protocol = c.protocol_of(track)
         same = ("dtype", "device", "attention", "min_pixels", "max_pixels", "image_processor")
         return cls(
             protocol=protocol,
             template=getattr(c.prompts, protocol),
             numeric_threads=c.numeric_threads,
+            numeric_instructions=None if vllm or c.policy.device == "cuda" else c.numeric_instructions,
             **{name: getattr(c.policy, name) for name in same},
         )
 
@@ -184,7 +190,7 @@ class GenerateRollouts(StageConfig):
             engine=c.rollouts.engine,
             vllm=c.rollouts.vllm if c.rollouts.engine == "vllm" else None,
             sampling=c.rollouts.sampling,
-            model=ModelConfig.of(c, track),
+            model=ModelConfig.of(c, track, vllm=c.rollouts.engine == "vllm"),
         )
 
     @property

@@ -1,6 +1,7 @@
 """Loading of model, processor and adapter by the manifest of the base policy, and checks that they can be used."""
 
 import contextlib
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from workflow_scripts.policy.published_adapter import published_adapter
 
 ANOTHER_BASE = "set policy.source and its keys to a vision-language model with weights as safetensors"
 LOADING_ERRORS = (OSError, ValueError, TypeError, ImportError, RuntimeError, LookupError, SafetensorError, UserWarning)
+log = logging.getLogger(__name__)
+
 LARGEST_EDGE = 4096  # pixels; processors also use `longest_edge` for an area, which is larger
 
 
@@ -107,6 +110,9 @@ def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
         PolicyError: the folder differs from the manifest, or holds no model that can be loaded.
     """
     torch.set_num_threads(config.numeric_threads)
+    capability = torch.backends.cpu.get_cpu_capability()
+    if config.numeric_instructions == "avx2" and capability != "AVX2":
+        log.warning("PyTorch computes with %s instead of AVX2: the last digits differ from published ones", capability)
     folder = base_path(manifest)
     with _loading(folder, ANOTHER_BASE):
         model: Any = AutoModelForImageTextToText.from_pretrained(

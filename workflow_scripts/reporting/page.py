@@ -177,6 +177,9 @@ def content(
     claims = claims_table(compared, names["test"])
     failed = [row[0] for row in claims["rows"] if any(cell.startswith("✗") for cell in row[1:])]
     versions = {f"{name} {version}" for job in jobs for name, version in job["versions"].items()}
+    processors = {
+        "{name} ({vendor}), {instructions}".format_map(job["processor"]) for job in jobs if "processor" in job
+    }
     return {
         "title": "Visual human preferences with reasoning and soft rewards",
         "lead": f"Base policy {', '.join(models)}, data {', '.join(sources)}, seed {', '.join(seeds)}: accuracy "
@@ -219,4 +222,5 @@ def content(
         "stages": settings(jobs),
         "provenance": provenance_table(jobs),
         "versions": ", ".join(sorted(versions)),
+        "processors": "; ".join(sorted(processors)),
     }, gallery.left_out

@@ -3,13 +3,15 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
+from workflow_scripts.configuration.jobs import launcher, pins_instructions
+from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.files.paths import ROOT
+from workflow_scripts.running.arithmetic import VARIABLES, pinned
 
 
-def stage_environment(configuration: Any) -> dict[str, str]:
-    """Environment variables of every job: this interpreter and package first, numeric threads, tracking.
+def stage_environment(configuration: Configuration) -> dict[str, str]:
+    """Environment variables of every job: this interpreter and package first, numeric kernels, tracking.
 
     The keys of `tracking` reach stages as variables, never as parameters of a rule, so they rerun nothing.
     """
@@ -21,6 +23,7 @@ def stage_environment(configuration: Any) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        **pinned(configuration.numeric_instructions),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -29,3 +32,13 @@ def stage_environment(configuration: Any) -> dict[str, str]:
         "MLFLOW_EXPERIMENT_NAME": tracking.experiment,
         "SOFTPREF_ARTIFACT_MEGABYTES": str(tracking.artifact_megabytes),
     }
+
+
+def start_of(configuration: Configuration, rule: str) -> str:
+    """Command that starts the stage of a rule: its launcher, without pinned instructions where it is exempt from them.
+
+    CUDA and vLLM choose kernels by themselves, and what they do on the CPU need not be slower for it.
+    """
+    command = launcher(configuration, rule)
+    exempt = "env " + " ".join(f"-u {name}" for name in VARIABLES)
+    return command if pins_instructions(configuration, rule) else f"{exempt} {command}"

@@ -1,7 +1,7 @@
 """Make the tiny base policy from scratch: a real Qwen2.5-VL, cold-started on templated reasoning.
 
 python -m workflow_scripts.stages.cold_start_policy --model results/policies/cold_start/model.safetensors \
-    --config '{"cold_start": {…}, "templates": {"pointwise": "…", "pairwise": "…"}, "numeric_threads": 1}'
+    --config '{"cold_start": {…}, "templates": {"pointwise": "…", "pairwise": "…"}, "numeric_threads": 1, …}'
 
 The folder is a complete model: configuration, processor, and weights in float16, which are loaded as float32.
 """

@@ -19,6 +19,7 @@ from workflow_scripts.files.instances import instance_name
 from workflow_scripts.files.records import ProvenanceError, file_record
 from workflow_scripts.files.redaction import redacted
 from workflow_scripts.files.writing import write_json
+from workflow_scripts.running.arithmetic import processor
 from workflow_scripts.running.code_digest import code_digest
 from workflow_scripts.running.command_line import StageArguments
 from workflow_scripts.running.locks import Lock
@@ -67,6 +68,7 @@ def _recorded(arguments: StageArguments) -> Iterator[Run]:
         "inputs": {},
         "upstream_runs": [],
         "versions": versions(),
+        "processor": processor(),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds"),
     }
     try:
