@@ -126,6 +126,14 @@ def test_expected_rewards_are_refused_where_no_distribution_is_recorded(generati
     assert load(gpu | {"tracks": ["imagereward"], "training": {"hpsv2": track}})
 
 
+def test_a_training_on_sampled_answers_has_the_configuration_of_old() -> None:
+    plain, expected = (TrainGrpo.of(training(reward_signal=signal), "hpsv2", 0) for signal in ("sampled", "expected"))
+    assert "reward_signal" not in plain.canonical()
+    for config in (plain, expected):
+        assert TrainGrpo.model_validate_json(config.canonical()) == config
+    assert plain != expected
+
+
 def test_expected_rewards_are_refused_with_fsdp_where_trls_loop_generates() -> None:
     keys = {"policy": {"device": "cuda"}, "training": {"hpsv2": {"reward_signal": "expected"}}}
     for strategy in ("ddp", "deepspeed"):
