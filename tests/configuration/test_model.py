@@ -458,7 +458,9 @@ def test_defaults_that_the_canonical_json_omits_are_fixed() -> None:
         for name, field in owner.model_fields.items()
         if field.exclude_if and field.default is not None
     }
-    trainings = {("PointwiseTraining", "vllm"), ("PairwiseTraining", "vllm")}
+    classes = (PointwiseTraining, PairwiseTraining)
+    assert all(training().reward_signal == "sampled" for training in classes)
+    trainings = {(training.__name__, key) for training in classes for key in ("vllm", "reward_signal")}
     assert stages.MakeTables.model_fields["policies"].default == ["zeroshot", "grpo"]
     assert Configuration().datasets.hpsv2.hub.test_only is Configuration().datasets.imagereward.hub.test_only is False
     models = {("ModelConfig", "attention"), ("ModelConfig", "image_processor")}

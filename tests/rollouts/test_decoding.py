@@ -1,6 +1,7 @@
 """Decoding against the model's own `generate`, the plain cache and the probabilities that tokens are drawn with."""
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,16 @@ from workflow_scripts.configuration.model import Sampling
 from workflow_scripts.policy.fast.key_values import RoomyLayer, compaction_order
 from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.rollouts.decoding import LARGE_VOCABULARY, Decoding, draw, look_up, sample_completions, warpers_of
+from workflow_scripts.rollouts.decoding import (
+    LARGE_VOCABULARY,
+    AnswerReader,
+    Decoding,
+    draw,
+    look_up,
+    sample_completions,
+    warpers_of,
+)
+from workflow_scripts.rollouts.rollout import Completion
 
 
 def drawn(logits: list[float], count: int, **sampling: Any) -> Counter[int]:
@@ -166,7 +176,7 @@ def test_greedy_completions_are_those_of_generate(policies: Any, scenes: Any, tr
     ]
     ends = [policy.tokenizer.eos_token_id]
     inputs = policy.processor(text=texts, images=[shown for _, shown in asked], padding=True, return_tensors="pt")
-    found, _ = sample_completions(policy.model, inputs, 3, Sampling(temperature=0), 48, ends)
+    found, *_ = sample_completions(policy.model, inputs, 3, Sampling(temperature=0), 48, ends)
     assert len(found) == 3 * len(asked)
     lengths = set()
     for i, (text, (_, pictures)) in enumerate(zip(texts, asked, strict=True)):
@@ -186,7 +196,7 @@ def test_a_completion_ends_with_its_end_token_or_has_all_tokens(policies: Any, s
     inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
     torch.manual_seed(0)
     end = policy.tokenizer.eos_token_id
-    found, _ = sample_completions(policy.model, inputs, 40, Sampling(), 24, [end])
+    found, *_ = sample_completions(policy.model, inputs, 40, Sampling(), 24, [end])
     assert {len(ids) for ids in found if ids[-1] != end} <= {24}
     assert all(end not in ids[:-1] for ids in found)
     assert any(ids[-1] == end for ids in found) and len({tuple(ids) for ids in found}) > 1
@@ -199,9 +209,9 @@ def test_tokens_that_must_not_be_sampled_are_not(policies: Any, scenes: Any) -> 
         messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
     )
     inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
-    sampled, _ = sample_completions(policy.model, inputs, 20, Sampling(), 1, [])
+    sampled, *_ = sample_completions(policy.model, inputs, 20, Sampling(), 1, [])
     (usual,) = {ids[0] for ids in sampled}
-    others, logprobs = sample_completions(policy.model, inputs, 20, Sampling(), 1, [], [usual])
+    others, logprobs, _ = sample_completions(policy.model, inputs, 20, Sampling(), 1, [], [usual])
     assert all(ids != [usual] for ids in others)
     scored = Decoding(policy.model, inputs, 1).logits[0].log_softmax(-1)  # with that token, as TRL scores
     assert torch.allclose(torch.tensor(logprobs)[:, 0], scored[[ids[0] for ids in others]], atol=1e-5)
@@ -219,7 +229,8 @@ def test_sampled_tokens_have_the_log_probabilities_of_a_teacher_forced_pass(
     inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
     asked = inputs["input_ids"]
     ends = [policy.tokenizer.eos_token_id]
-    found, logprobs = sample_completions(policy.model, inputs, 6, sampling, 24, ends)
+    found, logprobs, unread = sample_completions(policy.model, inputs, 6, sampling, 24, ends)
+    assert unread == [[]] * 6
     assert [len(ids) for ids in found] == [len(values) for values in logprobs]
     for ids, values in zip(found, logprobs, strict=True):
         whole = dict(inputs) | {"input_ids": torch.cat([asked, torch.tensor([ids])], 1)}
@@ -230,3 +241,49 @@ def test_sampled_tokens_have_the_log_probabilities_of_a_teacher_forced_pass(
             logits = policy.model(**whole).logits[0, asked.shape[1] - 1 : -1].double() / (sampling.temperature or 1)
         scored = logits.log_softmax(-1)[range(len(ids)), ids]
         torch.testing.assert_close(torch.tensor(values, dtype=torch.double), scored, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "position"),
+    [
+        (["<think>", "a", "</think>", "<answer>", "5", "</answer>"], 4),
+        (["<think>a", "</think", "><", "answer", ">\n", " ", "\n", "no", "5"], 7),
+        (["<answer>", "4", "</answer>", "<answer>", "5"], 1),  # the first tag holds the answer
+        (["<answer>", " ", "\n"], 2),  # cut before the answer: the last chance for one
+        (["<think>", "<answer>"], None),
+        (["<answer>5", "</answer>"], None),  # no token follows the open tag
+        (["<think>", "a", "<", "answer"], None),
+    ],
+)
+def test_the_answer_is_read_before_its_first_token_that_is_no_white_space(
+    pieces: list[str], position: int | None
+) -> None:
+    reader = AnswerReader(SimpleNamespace(decode=lambda ids: pieces[ids[0]]), [2, 0, 3], torch.device("cpu"))
+    logits = torch.randn(len(pieces), 1, 5, generator=torch.Generator().manual_seed(0))
+    completion = Completion()
+    for token in range(len(pieces)):
+        reader.read([completion], logits[token])
+        completion.append(token, reader.piece_of(token))
+    assert (completion.ids, completion.text) == (list(range(len(pieces))), "".join(pieces))
+    assert completion.answer_position == position
+    if position is None:
+        assert completion.answer_logprobs == []
+    else:
+        expected = logits[position, 0, [2, 0, 3]].double().softmax(-1)
+        assert torch.allclose(torch.tensor(completion.answer_logprobs).exp(), expected.float())
+
+
+def test_reading_answers_leaves_what_is_sampled_as_it_was(policies: Any, scenes: Any) -> None:
+    policy = policies["imagereward"]
+    prompt, pictures = scenes[0]
+    text = policy.processor.apply_chat_template(
+        messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
+    )
+    inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
+    reader = AnswerReader(policy.tokenizer, policy.answer_token_ids, policy.model.device)
+    found = []
+    for chosen in (None, reader):
+        torch.manual_seed(0)
+        ends = [policy.tokenizer.eos_token_id]
+        found.append(sample_completions(policy.model, inputs, 8, Sampling(), 32, ends, [], chosen))
+    assert found[0][:2] == found[1][:2] and found[0][2] == [[]] * 8 != found[1][2]

@@ -20,7 +20,12 @@ from workflow_scripts.files.paths import ROOT
 from workflow_scripts.policy.loading import load_model, load_processor
 from workflow_scripts.policy.manifest import PolicyError
 from workflow_scripts.policy.prompts import messages
-from workflow_scripts.training.generation import adapter_merged, check_generation, served_folder
+from workflow_scripts.training.generation import (
+    adapter_merged,
+    check_generation,
+    engine_generates,
+    served_folder,
+)
 from workflow_scripts.training.settings import grpo_config
 from workflow_scripts.training.trainer import ValidatingTrainer
 
@@ -105,6 +110,38 @@ def test_generation_by_vllm_is_refused_where_it_would_be_wrong(
 ) -> None:
     with pytest.raises(ConfigurationError, match=rf"training\.hpsv2\.generation {generation} .*{re.escape(message)}"):
         load(keys | {"training": {"hpsv2": {"generation": generation}}})
+
+
+@pytest.mark.parametrize("generation", ["trl", "vllm_colocate", "vllm_server"])
+def test_expected_rewards_are_refused_where_no_distribution_is_recorded(generation: str) -> None:
+    gpu = {"policy": {"device": "cuda", "dtype": "bfloat16"}}
+    track = {"generation": generation, "reward_signal": "expected"}
+    message = (
+        rf"training\.hpsv2\.reward_signal expected .* training\.hpsv2\.generation {generation} does not record; set it "
+        "to transformers, or reward_signal to sampled"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        load(gpu | {"training": {"hpsv2": track}})
+    assert load(gpu | {"training": {"hpsv2": track | {"reward_signal": "sampled"}}})
+    assert load(gpu | {"tracks": ["imagereward"], "training": {"hpsv2": track}})
+
+
+def test_a_training_on_sampled_answers_has_the_configuration_of_old() -> None:
+    plain, expected = (TrainGrpo.of(training(reward_signal=signal), "hpsv2", 0) for signal in ("sampled", "expected"))
+    assert "reward_signal" not in plain.canonical()
+    for config in (plain, expected):
+        assert TrainGrpo.model_validate_json(config.canonical()) == config
+    assert plain != expected
+
+
+def test_expected_rewards_are_refused_with_fsdp_where_trls_loop_generates() -> None:
+    keys = {"policy": {"device": "cuda"}, "training": {"hpsv2": {"reward_signal": "expected"}}}
+    for strategy in ("ddp", "deepspeed"):
+        c = load(keys | {"distributed": {"processes": 2, "strategy": strategy}})
+        assert engine_generates(TrainGrpo.of(c, "hpsv2", 0))
+    message = r"training\.hpsv2\.reward_signal expected .* distributed\.strategy fsdp .*; set the strategy to ddp, or "
+    with pytest.raises(ConfigurationError, match=message):
+        load(keys | {"distributed": {"processes": 2, "strategy": "fsdp"}})
 
 
 @pytest.mark.parametrize("generation", ["vllm_colocate", "vllm_server"])

@@ -1,11 +1,20 @@
 """Rewards on cases written by hand, and what holds for any completion at all."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS, sampled_answer, well_formed
-from workflow_scripts.training.rewards import approximate_reward, exact_reward, format_reward
+from workflow_scripts.training.rewards import (
+    REWARDS,
+    approximate_reward,
+    exact_reward,
+    expected_reward,
+    format_reward,
+    trl_reward,
+)
 
 GOOD = "<think>two red circles, sharp.</think><answer>5</answer>"
 
@@ -163,3 +172,48 @@ def test_what_is_well_formed_has_an_answer(completion: str, answers: tuple[int, 
 def test_any_thought_without_tags_is_well_formed(thought: str, answer: int) -> None:
     completion = f"<think>{thought}</think><answer>{answer}</answer>"
     assert format_reward(completion, 1, RATINGS) == exact_reward(completion, answer, RATINGS) == 1
+
+
+@pytest.mark.parametrize("answers", [RATINGS, PREFERENCES])
+def test_a_certain_answer_earns_in_expectation_what_it_earns_when_sampled(answers: tuple[int, ...]) -> None:
+    for target in answers:
+        for answer in answers:
+            certain = [0.0 if other == answer else -math.inf for other in answers]
+            distance = abs(answer - target)
+            assert expected_reward("exact", certain, target, answers) == (distance == 0)
+            assert expected_reward("approximate", certain, target, answers) == [1, 0.75, 0.5, 0, 0, 0, 0][distance]
+
+
+@settings(deadline=None)
+@given(st.data(), st.sampled_from([RATINGS, PREFERENCES]), st.sampled_from(["exact", "approximate"]))
+def test_the_expected_reward_is_the_expectation_of_the_sampled_one(
+    data: st.DataObject, answers: tuple[int, ...], name: str
+) -> None:
+    target = data.draw(st.sampled_from(answers))
+    logits = [data.draw(st.floats(-30, 30)) for _ in answers]
+    total = math.fsum(map(math.exp, logits))
+    sampled = [REWARDS[name](f"<think>a</think><answer>{answer}</answer>", target, answers) for answer in answers]
+    expectation = math.fsum(math.exp(x) * reward for x, reward in zip(logits, sampled, strict=True)) / total
+    found = expected_reward(name, [x - math.log(total) for x in logits], target, answers)
+    assert found == pytest.approx(expectation, rel=1e-9, abs=1e-15)
+
+
+def test_trl_is_given_the_reward_of_what_was_asked_for() -> None:
+    """By the distribution the first completion earns 0.1 + 0.75 * 0.6 + 0.5 * 0.3; the second opens no answer."""
+    chats = [[{"role": "assistant", "content": text}] for text in (GOOD, "<think>a")]
+    logprobs = [[math.log(p) if p else -math.inf for p in (0, 0, 0.3, 0.6, 0.1, 0, 0)], []]
+    batch = {"completions": chats, "target": [5, 5], "answer_logprobs": logprobs, "trainer_state": None}
+    found = {
+        (name, signal): trl_reward(name, RATINGS, signal)(**batch)
+        for name in REWARDS
+        for signal in ("sampled", "expected")
+    }
+    assert found == {
+        ("format", "sampled"): [1, 0],
+        ("format", "expected"): [1, 0],
+        ("exact", "sampled"): [1, 0],
+        ("exact", "expected"): pytest.approx([0.1, 0]),
+        ("approximate", "sampled"): [1, 0],
+        ("approximate", "expected"): pytest.approx([0.7, 0]),
+    }
+    assert [trl_reward(name, RATINGS, "expected").__name__ for name in REWARDS] == list(REWARDS)

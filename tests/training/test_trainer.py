@@ -1,4 +1,4 @@
-"""What the trainer logs about its sampled tokens, in real steps of TRL."""
+"""What the trainer logs about its sampled tokens and its rewards, in real steps of TRL."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,17 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from workflow_scripts.configuration.model import load
+from workflow_scripts.configuration.model import Track, load
 from workflow_scripts.configuration.stages import TrainGrpo
 from workflow_scripts.policy.fast.enable import enable_faster_passes
-from workflow_scripts.policy.loading import load_model, load_processor
+from workflow_scripts.policy.loading import as_policy, load_model, load_processor
 from workflow_scripts.preferences.images import in_memory
-from workflow_scripts.rollouts.items import pointwise_items
+from workflow_scripts.rollouts.items import anchor_items, pointwise_items
+from workflow_scripts.training.assembly import grpo_trainer
 from workflow_scripts.training.generation import engine_completions
 from workflow_scripts.training.items import trl_dataset
+from workflow_scripts.training.rewards import REWARDS
 from workflow_scripts.training.sampling import as_in_training
 from workflow_scripts.training.settings import grpo_config, lora_config
 from workflow_scripts.training.trainer import ValidatingTrainer
+from workflow_scripts.training.validation import Validation
 
 GROUP, TOKENS, STEPS = 4, 8, 2  # the bundled policy thinks for longer than that
 Output = dict[str, Any]
@@ -90,3 +93,76 @@ def test_sampled_and_scored_tokens_are_compared_without_changing_the_training(
 def test_in_bfloat16_they_differ_by_rounding(trained: Callable[..., Any]) -> None:
     log, _ = trained(lambda output: output, dtype="bfloat16")
     assert all(1e-5 < mean < 0.02 for mean, _ in differences(log))
+
+
+class Rewarded(ValidatingTrainer):
+    """A trainer that keeps what it rewards, and p(answer) in each completion by a plain pass of the policy."""
+
+    answer_ids: list[int]
+    kept: list[list[tuple[int, str, list[float]]]]
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        """Keep target, text and p(answer) of the completions of a step."""
+        texts = [completion[0]["content"] for completion in completions]
+        probabilities = [
+            self.answer_probabilities(row["prompt"], row["images"], ids)
+            for row, ids in zip(inputs, completion_ids_list, strict=True)
+        ]
+        self.kept.append(list(zip([row["target"] for row in inputs], texts, probabilities, strict=True)))
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    @torch.no_grad()
+    def answer_probabilities(self, chat: Any, images: Any, ids: list[int]) -> list[float]:
+        """Softmax over the answers' logits after the completion's `<answer>`, a token; 0 if none follows it."""
+        processor: Any = self.processing_class
+        opening = processor.tokenizer.convert_tokens_to_ids("<answer>")
+        if opening not in ids[:-1]:
+            return [0.0] * len(self.answer_ids)
+        text = processor.apply_chat_template([chat], add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=text, images=[images], return_tensors="pt")
+        before = torch.tensor([ids[: ids.index(opening) + 1]])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], before], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        kinds = torch.zeros_like(before, dtype=inputs["mm_token_type_ids"].dtype)
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], kinds], 1)
+        model: Any = self.model
+        model.eval()
+        logits = model(**inputs).logits[0, -1, self.answer_ids]
+        model.train()
+        return list(logits.double().softmax(-1).tolist())
+
+
+@pytest.mark.parametrize("track", ["imagereward", "hpsv2"])
+def test_expected_rewards_reach_trl(base_manifest: Path, scenes: Any, tmp_path: Path, track: Track) -> None:
+    """In hot rollouts of 30 tokens, some of which end before their answer; the second step has an adapter."""
+    images = {name: picture for _, pictures in scenes for name, picture in pictures.items()}
+    rows = [{"prompt_id": f"p{i}", "prompt": text, "image_ids": list(shown)} for i, (text, shown) in enumerate(scenes)]
+    rated = [(item, 1 + i % 7) for i, item in enumerate(pointwise_items(rows, set(images)))]
+    compared = [(item, i % 2) for i, item in enumerate(anchor_items(rows, set(images), 0, False))]
+    keys: dict[str, Any] = {"steps": STEPS, "group_size": GROUP, "prompts_per_step": 4, "gradient_accumulation": 2}
+    keys |= {"warmup_steps": 0, "validate_every": STEPS, "max_completion_tokens": 30, "temperature": 1.5}
+    config = TrainGrpo.of(load({"training": {track: keys | {"reward_signal": "expected"}}}), track, 0)
+    processor, model = load_processor(base_manifest, config.model), load_model(base_manifest, config.model)
+    policy, unused = as_policy(model, processor, config.model), Any
+    validation = Validation(config, policy, unused, [], as_in_training(1.5, 30), 0)  # type: ignore[arg-type]
+    settings = grpo_config(config, tmp_path / "checkpoints", resumed=True)
+    items = rated if track == "imagereward" else compared
+    trainer = grpo_trainer(Rewarded, settings, items, in_memory(images), validation)
+    trainer.answer_ids, trainer.kept = policy.answer_token_ids, []
+    trainer.validate = lambda model, untrained: ({"eval_soft_pair_accuracy": 0.0}, [[1.0, 2.0]])
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert len(logged) == len(trainer.kept) == STEPS
+    credit = {"exact": [1.0], "approximate": [1, 0.75, 0.5]}
+    for entry, kept in zip(logged, trainer.kept, strict=True):
+        assert len(kept) == 4 * GROUP and 0 < sum(any(p) for _, _, p in kept) < len(kept)
+        for name in ["exact", "approximate"] if track == "imagereward" else ["exact"]:
+            earned = [
+                probability * credit[name][abs(answer - target)]
+                for target, _, p in kept
+                for answer, probability in zip(policy.answers, p, strict=True)
+                if abs(answer - target) < len(credit[name])
+            ]
+            assert entry[f"rewards/{name}/mean"] == pytest.approx(sum(earned) / len(kept), abs=1e-5), name
+        formed = [REWARDS["format"](text, 0, policy.answers) for _, text, _ in kept]
+        assert entry["rewards/format/mean"] == pytest.approx(sum(formed) / len(formed))

@@ -373,6 +373,10 @@ class Training(Section):
     """Longest completion in training; a longer one is cut and earns no format reward."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
     """How token losses are averaged; "grpo" is the mean over each completion, then over the group."""
+    # Omitted from the canonical JSON at the default, to keep old digests.
+    reward_signal: Literal["sampled", "expected"] = Field("sampled", exclude_if=lambda signal: signal == "sampled")
+    """Rewards `exact` and `approximate` of the sampled answer, or their expectation over the distribution of answers,
+    which needs generation: transformers."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divisor of the advantage: standard deviation sigma of the group (paper §2.2.1), of the batch, or none."""
     importance_sampling_level: Literal["token", "sequence"] = "sequence"
@@ -787,6 +791,14 @@ class Configuration(Section):
                 raise ValueError(
                     f"training.{track}.generation {t.generation} needs whole weights in each process, which "
                     "distributed.strategy fsdp does not leave there; set the strategy to ddp, or generation to trl"
+                )
+            if t.reward_signal == "expected" and (t.generation != "transformers" or strategy == "fsdp"):
+                found, remedy = f"training.{track}.generation {t.generation}", "it to transformers"
+                if t.generation == "transformers":
+                    found, remedy = "distributed.strategy fsdp", "the strategy to ddp"
+                raise ValueError(
+                    f"training.{track}.reward_signal expected needs the distribution over the answers, which "
+                    f"{found} does not record; set {remedy}, or reward_signal to sampled"
                 )
             if part % processes:
                 raise ValueError(

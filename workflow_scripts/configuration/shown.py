@@ -11,6 +11,7 @@ PARAMS = (
     *("training.steps", "training.epochs", "training.prompts_per_step", "training.group_size"),
     *("training.learning_rate", "training.beta"),
     *("training.temperature", "training.loss_type", "training.scale_rewards", "training.lora.rank"),
+    "training.reward_signal",
     *("training.rewards.format", "training.rewards.exact", "training.rewards.approximate"),
     *("engine", "rollouts", "both_orders", "sampling.temperature", "sampling.max_thinking_tokens"),
     *("tracks", "policies", "seeds", "report_k", "missing_answer", "bootstrap.resamples"),

@@ -3,7 +3,8 @@
 Works with any transformers model that has a key-value cache. The caller decides what is decoded and when it ends.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 from workflow_scripts.configuration.model import Sampling
 from workflow_scripts.policy.fast.key_values import compaction_order, roomy_cache
 from workflow_scripts.policy.fast.prompt_attention import PROMPT_ONCE, PromptStates
+from workflow_scripts.rollouts.rollout import Completion
 
 BLOCK = 128  # tokens
 LARGE_VOCABULARY = 32 * BLOCK
@@ -71,6 +73,30 @@ class Decoding:
             use_cache=True,
         )
         self.logits, self._positions = out.logits[:, -1].float(), self._positions + 1
+
+
+class AnswerReader:
+    """Reads the distribution over the answers before the first token of an answer that is not white space."""
+
+    piece_of: Callable[[int], str]
+    """The text of a token."""
+
+    def __init__(self, tokenizer: Any, answer_ids: Sequence[int], device: torch.device) -> None:
+        """`answer_ids` are the tokens of the answers, `device` is that of the logits."""
+        self.piece_of = cache(lambda token: tokenizer.decode([token]))
+        self._answer_ids = torch.tensor(answer_ids, device=device)
+
+    def read(self, completions: Sequence[Completion], logits: torch.Tensor) -> None:
+        """Record position and log-probabilities of the answers in each completion whose next token may be its answer.
+
+        Args:
+            completions: what was decoded so far.
+            logits: (completions, vocabulary), for their next tokens, before temperature and other sampling settings.
+        """
+        if answering := [j for j, completion in enumerate(completions) if completion.answering]:
+            logprobs = logits[answering][:, self._answer_ids].double().log_softmax(-1).tolist()
+            for j, values in zip(answering, logprobs, strict=True):
+                completions[j].answer_logprobs, completions[j].answer_position = values, len(completions[j].ids)
 
 
 def warpers_of(sampling: Sampling) -> LogitsProcessorList:
@@ -135,27 +161,32 @@ def sample_completions(
     max_tokens: int,
     end_ids: Collection[int],
     never: Sequence[int] = (),
-) -> tuple[list[list[int]], list[list[float]]]:
+    reader: AnswerReader | None = None,
+) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
     """Sample `rollouts` completions of each prompt, up to and including an end token, of at most `max_tokens` tokens.
 
     Tokens in `never` are not sampled. Random numbers come from torch's default generator.
 
     Returns:
-        The tokens of each completion, and the log-probability of each of them in softmax(logits / temperature) over the
-        whole vocabulary, as TRL scores it: without top-k and top-p, and with the tokens in `never`.
+        The tokens of each completion; the log-probability of each of them in softmax(logits / temperature) over the
+        whole vocabulary, as TRL scores it: without top-k and top-p, and with the tokens in `never`; and the
+        log-probability of each answer that `reader` read in each completion. That list is empty for a completion that
+        opens no answer; without a reader, no token is decoded to text, and all are empty.
     """
     decoding = Decoding(model, inputs, rollouts)
     warpers = warpers_of(sampling)
     ruled_out = torch.tensor(never, dtype=torch.long, device=decoding.logits.device)
-    completions: list[list[int]] = [[] for _ in range(len(decoding.logits))]
+    completions = [Completion() for _ in range(len(decoding.logits))]
     logprobs: list[list[float]] = [[] for _ in completions]
     alive = list(range(len(completions)))
     for length in range(1, max_tokens + 1):
+        if reader:
+            reader.read([completions[row] for row in alive], decoding.logits)
         scaled = decoding.logits / (sampling.temperature or 1)
         tokens = draw(decoding.logits.index_fill_(1, ruled_out, -torch.inf), warpers, sampling.temperature, None)
         losses = torch.nn.functional.cross_entropy(scaled, torch.tensor(tokens, device=scaled.device), reduction="none")
         for row, token, loss in zip(alive, tokens, losses.tolist(), strict=True):
-            completions[row].append(token)
+            completions[row].append(token, reader.piece_of(token) if reader else "")
             logprobs[row].append(-loss)
         keep = [j for j, token in enumerate(tokens) if token not in end_ids]
         if not keep or length == max_tokens:
@@ -163,4 +194,5 @@ def sample_completions(
         keep = compaction_order(keep)
         alive = [alive[j] for j in keep]
         decoding.step(keep, [tokens[j] for j in keep])
-    return completions, logprobs
+    ids = [completion.ids for completion in completions]
+    return ids, logprobs, [completion.answer_logprobs for completion in completions]

@@ -1,4 +1,4 @@
-"""A rollout in the making, the same for both engines, and the row that records it."""
+"""A completion in the making, a rollout, which is one of an item, and the row that records it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,17 +7,14 @@ from workflow_scripts.policy.prompts import CLOSE_THINKING, OPEN_ANSWER, sampled
 from workflow_scripts.rollouts.items import Item
 
 
-@dataclass
-class Rollout:
-    """One completion of an item. It thinks until `<answer>` opens the answer; the engine opens it if it has to."""
+@dataclass(kw_only=True)
+class Completion:
+    """Tokens that a policy generates. It thinks until `<answer>` opens the answer."""
 
-    item: Item
-    k: int  # index among the rollouts of the item
-    seed: int  # of the random generator that draws the tokens
     ids: list[int] = field(default_factory=list)  # tokens so far
     text: str = ""  # the tokens, decoded one by one
     answer_start: int | None = None  # number of tokens up to and including `<answer>`; None while it thinks
-    forced: bool = False  # the engine closed the thinking
+    answering: bool = False  # the next token that is not white space is the answer
     answer_position: int | None = None  # index of the token whose logits are recorded
     answer_logprobs: list[float] = field(default_factory=list)  # of each answer there, renormalised over the answers
 
@@ -25,6 +22,26 @@ class Rollout:
     def opens_answer(self) -> bool:
         """Whether the text ends with `<answer>`, white space aside."""
         return self.text.rstrip().endswith(OPEN_ANSWER)
+
+    def append(self, token: int, piece: str) -> None:
+        """Append a token, which `piece` is the text of; it may open the answer, or be the answer."""
+        self.ids.append(token)
+        self.text += piece
+        if self.answer_start is None:
+            if self.opens_answer:
+                self.answer_start, self.answering = len(self.ids), True
+        elif piece.strip():
+            self.answering = False
+
+
+@dataclass
+class Rollout(Completion):
+    """One completion of an item. The engine opens its answer if it has to."""
+
+    item: Item
+    k: int  # index among the rollouts of the item
+    seed: int  # of the random generator that draws the tokens
+    forced: bool = False  # the engine closed the thinking
 
     def forced_tokens(self, tokenizer: Any) -> list[int]:
         """Mark the rollout as forced; return the tokens that open its answer."""

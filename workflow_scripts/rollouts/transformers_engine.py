@@ -18,7 +18,7 @@ from workflow_scripts.policy.fast.key_values import compaction_order
 from workflow_scripts.policy.loading import Policy
 from workflow_scripts.policy.prompts import messages
 from workflow_scripts.preferences.images import Images
-from workflow_scripts.rollouts.decoding import Decoding, draw, warpers_of
+from workflow_scripts.rollouts.decoding import AnswerReader, Decoding, draw, warpers_of
 from workflow_scripts.rollouts.items import Item, stable_random
 from workflow_scripts.rollouts.rollout import Rollout
 
@@ -77,49 +77,35 @@ class _Decoded(Rollout):
     """A rollout that is decoded token by token."""
 
     queued: list[int] = field(default_factory=list)  # tokens that the engine puts in instead of drawn ones
-    answering: bool = False  # the next token that is not white space is the answer
 
     def add(self, drawn: int, ended: bool, sampling: Sampling, tokenizer: Any, piece_of: Callable[[int], str]) -> bool:
         """Add the drawn token, which may end the completion, or a queued one; return whether decoding goes on."""
-        thinking = self.answer_start is None
-        if thinking and not self.queued and (ended or len(self.ids) >= sampling.max_thinking_tokens):
+        used_up = ended or len(self.ids) >= sampling.max_thinking_tokens
+        if self.answer_start is None and not self.queued and used_up:
             self.queued = self.forced_tokens(tokenizer)
         if self.queued:
             drawn = self.queued.pop(0)
         elif ended:
             return False
-        self.ids.append(drawn)
-        piece = piece_of(drawn)
-        self.text += piece
-        if thinking and self.opens_answer:
-            self.answer_start, self.answering = len(self.ids), True
-        elif not thinking and piece.strip():
-            self.answering = False
+        self.append(drawn, piece_of(drawn))
         return self.answer_start is None or len(self.ids) - self.answer_start < sampling.max_answer_tokens
 
 
 def _sample(policy: Policy, inputs: Any, batch: list[_Decoded], rollouts: int, sampling: Sampling) -> None:
-    """Complete a batch that has `rollouts` rollouts of each prompt side by side.
-
-    The recorded logits are those before the first token of the answer that is not white space.
-    """
+    """Complete a batch that has `rollouts` rollouts of each prompt side by side."""
     tokenizer, device = policy.tokenizer, policy.model.device
     ends: Any = policy.model.generation_config.eos_token_id
     end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    answer_ids = torch.tensor(policy.answer_token_ids, device=device)
     generator = torch.Generator(device).manual_seed(batch[0].seed % 2**63)
     warpers = warpers_of(sampling)
-    piece_of: Callable[[int], str] = cache(lambda token: tokenizer.decode([token]))
+    reader = AnswerReader(tokenizer, policy.answer_token_ids, device)
     decoding = Decoding(policy.model, inputs, rollouts)
     alive = batch
     while alive:
-        if answering := [j for j, rollout in enumerate(alive) if rollout.answering]:
-            logprobs = decoding.logits[answering][:, answer_ids].double().log_softmax(-1).tolist()
-            for j, values in zip(answering, logprobs, strict=True):
-                alive[j].answer_logprobs, alive[j].answer_position = values, len(alive[j].ids)
+        reader.read(alive, decoding.logits)
         drawn = draw(decoding.logits, warpers, sampling.temperature, generator)
         goes_on = [
-            rollout.add(token, token in end_ids, sampling, tokenizer, piece_of)
+            rollout.add(token, token in end_ids, sampling, tokenizer, reader.piece_of)
             for rollout, token in zip(alive, drawn, strict=True)
         ]
         keep = compaction_order([j for j, going_on in enumerate(goes_on) if going_on])

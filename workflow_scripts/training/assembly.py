@@ -45,7 +45,7 @@ def grpo_trainer(
     trainer = kind(
         model=model,
         processing_class=processor,
-        reward_funcs=[trl_reward(name, policy.answers) for name in type(t.rewards).model_fields],
+        reward_funcs=[trl_reward(name, policy.answers, t.reward_signal) for name in type(t.rewards).model_fields],
         args=settings,
         train_dataset=dataset,
         eval_dataset=dataset.select([0]),  # the trainer asks for one; `validate` brings its own items

@@ -12,8 +12,10 @@ from trl import GRPOTrainer
 
 from workflow_scripts.configuration.model import Sampling
 from workflow_scripts.configuration.stages import TrainGrpo
+from workflow_scripts.policy.loading import answer_token_ids
 from workflow_scripts.policy.manifest import PolicyError
-from workflow_scripts.rollouts.decoding import sample_completions
+from workflow_scripts.policy.prompts import ANSWERS
+from workflow_scripts.rollouts.decoding import AnswerReader, sample_completions
 from workflow_scripts.training.settings import strategy_of
 
 
@@ -37,7 +39,12 @@ def engine_generates(config: TrainGrpo) -> bool:
 
 
 def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) -> Callable[..., dict[str, Any]]:
-    """TRL's `rollout_func`: prefills each prompt once for its group, and drops completions that have ended."""
+    """TRL's `rollout_func`: prefills each prompt once for its group, and drops completions that have ended.
+
+    With `reward_signal: expected` it also returns `answer_logprobs`, which TRL passes to the rewards by this name.
+    """
+    expected, tokenizer = config.training.reward_signal == "expected", processor.tokenizer
+    answer_ids = answer_token_ids(tokenizer, ANSWERS[config.model.protocol])
     group_size = config.training.group_size
     # A completion with an image's placeholder token would ask for another image in the passes over completions.
     never = [processor.image_token_id]
@@ -55,8 +62,9 @@ def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) ->
         )
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model.eval()
+        reader = AnswerReader(tokenizer, answer_ids, model.device) if expected else None
         with adapter_merged(model, config.model.dtype):
-            completions, logprobs = sample_completions(
+            completions, logprobs, answer_logprobs = sample_completions(
                 model,
                 inputs.to(model.device),
                 group_size,
@@ -64,13 +72,15 @@ def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) ->
                 config.training.max_completion_tokens,
                 trainer.eos_token_ids,
                 never,
+                reader,
             )
         model.train()
         unpadded = [
             ids[mask == 1].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
         prompt_ids = [ids for ids in unpadded for _ in range(group_size)]
-        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": logprobs}
+        returned = {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": logprobs}
+        return returned | {"answer_logprobs": answer_logprobs} if expected else returned
 
     return rollout
 

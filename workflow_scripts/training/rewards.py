@@ -1,11 +1,13 @@
-"""Rewards of GRPO training as pure functions of one completion (paper §4)."""
+"""Rewards of GRPO training as pure functions of one completion (paper §4), or of its distribution over the answers."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from workflow_scripts.policy.prompts import sampled_answer, well_formed
 
-APPROXIMATE = {0: 1.0, 1: 0.75, 2: 0.5}
+# Reward of an answer by its distance from the target; 0 where none is given.
+CREDIT = {"exact": {0: 1.0}, "approximate": {0: 1.0, 1: 0.75, 2: 0.5}}
 
 
 def format_reward(completion: str, target: int, answers: tuple[int, ...]) -> float:
@@ -15,24 +17,52 @@ def format_reward(completion: str, target: int, answers: tuple[int, ...]) -> flo
 
 def exact_reward(completion: str, target: int, answers: tuple[int, ...]) -> float:
     """1 where the answer is the target, else 0."""
-    return float(sampled_answer(completion, answers) == target)
+    return _credit("exact", sampled_answer(completion, answers), target)
 
 
 def approximate_reward(completion: str, target: int, answers: tuple[int, ...]) -> float:
     """1, 0.75, 0.5 where the answer is 0, 1, 2 away from the target, else 0."""
-    answer = sampled_answer(completion, answers)
-    return 0.0 if answer is None else APPROXIMATE.get(abs(answer - target), 0.0)
+    return _credit("approximate", sampled_answer(completion, answers), target)
+
+
+def _credit(name: str, answer: int | None, target: int) -> float:
+    return 0.0 if answer is None else CREDIT[name].get(abs(answer - target), 0.0)
+
+
+def expected_reward(name: str, answer_logprobs: Sequence[float], target: int, answers: tuple[int, ...]) -> float:
+    """Reward `exact` or `approximate` in expectation over the answers, Σ p(a) credit(|a - target|), with p as in §3.
+
+    Args:
+        name: of the reward.
+        answer_logprobs: log p of each answer; empty if the completion opens no answer, which earns 0.
+        target: answer of the annotator.
+        answers: valid answers.
+    """
+    if not answer_logprobs:
+        return 0.0
+    return sum(math.exp(p) * _credit(name, a, target) for p, a in zip(answer_logprobs, answers, strict=True))
 
 
 REWARDS = {"format": format_reward, "exact": exact_reward, "approximate": approximate_reward}
 
 
-def trl_reward(name: str, answers: tuple[int, ...]) -> Callable[..., list[float]]:
-    """Reward of this name as TRL calls it: with the completions of a batch, as chats, and the column `target`."""
+def trl_reward(name: str, answers: tuple[int, ...], signal: str) -> Callable[..., list[float]]:
+    """Reward of this name as TRL calls it: with what it has of a batch, such as the column `target`, by keyword.
 
-    def reward(completions: list[Any], target: list[int], **_: Any) -> list[float]:
+    Args:
+        name: of the reward.
+        answers: valid answers.
+        signal: "sampled" judges the completions, which are chats; "expected" judges the column `answer_logprobs` of the
+            rollouts, where the reward depends on the answer alone.
+    """
+
+    def sampled(completions: list[Any], target: list[int], **_: Any) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]
         return [REWARDS[name](text, goal, answers) for text, goal in zip(texts, target, strict=True)]
 
+    def expected(answer_logprobs: list[list[float]], target: list[int], **_: Any) -> list[float]:
+        return [expected_reward(name, p, goal, answers) for p, goal in zip(answer_logprobs, target, strict=True)]
+
+    reward = expected if signal == "expected" and name in CREDIT else sampled
     reward.__name__ = name
     return reward
