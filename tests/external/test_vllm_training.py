@@ -149,8 +149,11 @@ def test_the_server_reads_the_bias_as_it_is_sent() -> None:
     assert GenerateRequest.model_validate_json(sent).sampling_params.logit_bias == {5: -100.0}
 
 
-def test_a_training_step_with_colocated_vllm(training_inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_training_step_with_colocated_vllm(
+    training_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The stage in a process of its own, in bfloat16."""
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)  # TRL has set it in this process
     sizes = {"steps": 1, "prompts_per_step": 2, "group_size": 4, "gradient_accumulation": 2, "validate_every": 1}
     told = {"gpu_memory_utilization": 0.05, "max_model_len": 512}  # of the main memory
     training = sizes | {"generation": "vllm_colocate", "vllm": told, "warmup_steps": 0}
