@@ -8,6 +8,9 @@ VLLM_VENV ?= .venv-vllm
 # Passed on to the tool of the target, as in: make table1 OPTIONS="--config 'seeds=[0, 1]'"
 OPTIONS ?=
 
+# Expectation that `make expected` writes; the environment does not set it, since WSL has a variable NAME.
+NAME := default
+
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -20,7 +23,7 @@ INSTALLED := .venv/requirements.lock
 ENVIRONMENT_GB := $(if $(filter Linux,$(shell uname -s)),8,2)
 DOWNLOAD_GB := $(if $(filter Linux,$(shell uname -s)),4,1)
 
-.PHONY: help check setup table1 all hub-demo ui test test-slow lint docs site reruns bench lock vllm-cpu vllm-gpu test-vllm lock-vllm
+.PHONY: help check setup table1 reproduce all hub-demo ui test test-slow lint docs expected site reruns bench lock vllm-cpu vllm-gpu test-vllm lock-vllm
 
 help: ## list what there is
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -68,6 +71,10 @@ $(INSTALLED): requirements.lock
 table1: setup ## the paper's tables, from raw data on: results/table1.csv, table2.csv, tables.md
 	$(BIN)/snakemake --cores all results/table1.csv $(OPTIONS)
 
+reproduce: setup ## the default's tables, and whether they have the published digits, cell by cell
+	$(BIN)/snakemake --cores all results/table1.csv $(OPTIONS)
+	$(BIN)/python -m workflow_scripts reproduce
+
 all: setup ## everything the workflow makes
 	$(BIN)/snakemake --cores all $(OPTIONS)
 
@@ -92,10 +99,16 @@ lint: setup ## format, lint and type checks alone
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 
-docs: setup ## the files and pages made from the code: config.yaml, its schema, docs/configuration, stages, schemas, reliability
+docs: setup ## the files and pages made from code and expectations: config.yaml, its schema, docs, tables in README
 	$(BIN)/python -m workflow_scripts.reference.configuration
 	$(BIN)/python -m workflow_scripts.reference.stages
+	$(BIN)/python -m workflow_scripts.reference.results
 	$(BIN)/python tests/reliability.py
+
+expected: setup ## tests/expected/NAME anew, and the tables in README and docs (NAME=default, test, three_seeds): a run
+	$(BIN)/snakemake --cores all $(if $(filter-out default,$(NAME)),--configfile configs/$(NAME).yaml)
+	$(BIN)/python -m workflow_scripts.reference.expected $(NAME)
+	$(BIN)/python -m workflow_scripts.reference.results
 
 site: setup ## docs/ as a web site in site/, its links checked; OPTIONS=... of mkdocs build
 	$(BIN)/mkdocs build --strict $(OPTIONS)

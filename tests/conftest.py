@@ -188,6 +188,53 @@ def with_sidecar() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def recorded_anew() -> Callable[[Path], None]:
+    """Return a function that has a sidecar record its outputs as they are now."""
+
+    def record(output: Path) -> None:
+        sidecar = json.loads(sidecar_path(output).read_text())
+        sidecar["outputs"] = {name: file_record(output.parent / name) for name in sidecar["outputs"]}
+        write_json(sidecar_path(output), sidecar)
+
+    return record
+
+
+@pytest.fixture
+def finished(tmp_path: Path, with_sidecar: Any) -> tuple[Any, Path]:
+    """Return configs/test.yaml and results of it: the published tables, with made-up adapters, rollouts and scores."""
+    from workflow_scripts.configuration.model import StageConfig
+    from workflow_scripts.configuration.overlays import read_configuration
+    from workflow_scripts.configuration.stages import GenerateRollouts, MakeTables, ScoreRollouts, TrainGrpo
+    from workflow_scripts.reporting.expectation import EXPECTED, KEYS, compared_files
+    from workflow_scripts.running.code_digest import code_digest
+
+    def write(config: StageConfig, path: Path, *others: Path) -> None:
+        code = code_digest(config.stage, config.code_engine)
+        record = {"stage": config.stage, "config": config.model_dump(mode="json"), "code_digest": code}
+        record |= {"processor": {"name": "AMD EPYC", "vendor": "AuthenticAMD", "instructions": "avx2"}}
+        record |= {"started": "2025-01-01T00:00:00+00:00", "seconds": 1.0, "peak_memory_megabytes": 1}
+        with_sidecar(path, *others, **record)
+
+    results = tmp_path / "finished"
+    c = read_configuration([ROOT / "configs/test.yaml"], {"results": str(results)})
+    for name in compared_files(c):
+        (results / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / name).write_text(f"content of {name}")
+        kind, track, *instance = Path(name).with_suffix("").parts
+        if kind == "policies":
+            write(TrainGrpo.of(c, track, 0), results / name)  # type: ignore[arg-type]
+        else:
+            case: Any = (track, instance[0], instance[2], 0)
+            block = [int(number) for number in instance[3].split("-")] if kind == "rollouts" else []
+            write(GenerateRollouts.of(c, *case, *block) if block else ScoreRollouts.of(c, *case), results / name)
+    tables = [results / f"{table}.csv" for table in KEYS]
+    for path in tables:
+        shutil.copyfile(EXPECTED / "test" / path.name, path)
+    write(MakeTables.of(c), *tables)
+    return c, results
+
+
 @pytest.fixture(scope="session")
 def image_rows() -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
     """Return a function that makes rows of an images table."""

@@ -10,6 +10,7 @@ from workflow_scripts.commands.log_runs import LogRuns
 from workflow_scripts.commands.plan import Plan
 from workflow_scripts.commands.rank import Rank
 from workflow_scripts.commands.register import Register
+from workflow_scripts.commands.reproduce import Reproduce
 from workflow_scripts.commands.summary import Summary
 from workflow_scripts.commands.verify import Verify
 from workflow_scripts.running.command_line import UsageError, parse, tell_briefly
@@ -30,6 +31,8 @@ class Commands(BaseSettings):
     """Measure one real step of each phase before the run that costs money."""
     verify: CliSubCommand[Verify]
     """Check every file of a results folder against its provenance."""
+    reproduce: CliSubCommand[Reproduce]
+    """Say cell by cell whether results have the digits of the published tables."""
     summary: CliSubCommand[Summary]
     """Say what a results folder holds."""
     log_runs: CliSubCommand[LogRuns] = Field(alias="log-runs")

@@ -38,6 +38,7 @@ RUN_BY = {
     "python -m workflow_scripts register": "ranking/test_served_policy.py",
     "python -m examples.judge_as_reward": "ranking/test_judge.py",
     "python -m workflow_scripts summary": "commands/test_summary.py",
+    "python -m workflow_scripts reproduce": "commands/test_reproduce.py",
     "MLFLOW_TRACKING_URI=sqlite:///mlflow.db mlflow models serve": "ranking/test_served_policy.py",
     "curl": "ranking/test_served_policy.py",
     "make hub-demo": "external/test_hub_workflow.py",

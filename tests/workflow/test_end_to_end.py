@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import combinations
@@ -14,10 +15,13 @@ import mlflow
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from checkout import Workflow
 
 from workflow_scripts.commands.log_runs import log_runs
+from workflow_scripts.commands.reproduce import report
 from workflow_scripts.files.paths import ROOT
+from workflow_scripts.reporting.expectation import EXPECTED, VERIFIED, Comparison, Difference, compare, is_verified
 from workflow_scripts.running.arithmetic import is_capable, processor
 from workflow_scripts.running.provenance import verify
 from workflow_scripts.tracking.pages import curve_name
@@ -56,6 +60,32 @@ def test_table1_has_its_rows(workflow: Workflow) -> None:
     assert set(table["data_source"]) == {"synthetic"} and set(table["model"]) == {"tiny-qwen2.5-vl"}
     assert table["n_prompts"].tolist() == [10, 10, 8, 8, 10, 10]
     assert (table["n_pairs"] > 0).all() and table["protocol"].notna().all() and (table["rollouts"] == 3).all()
+
+
+def hold_to_expectation(comparison: Comparison) -> None:
+    """Fail at tables with other digits where these are verified on the processors used; elsewhere warn of them."""
+    if not comparison.cells:
+        return
+    told = report(comparison)
+    if all(is_verified(processor) for processor in comparison.processors):
+        pytest.fail(told, pytrace=False)
+    warnings.warn(told, stacklevel=2)
+
+
+def test_the_tables_have_the_committed_digits(workflow: Workflow) -> None:
+    hold_to_expectation(compare(workflow.results, EXPECTED / "test"))
+
+
+def test_other_digits_fail_where_they_are_verified_and_warn_elsewhere() -> None:
+    (verified, *_) = yaml.safe_load((EXPECTED / VERIFIED).read_text(encoding="utf-8"))
+    known, other = {"name": "known"} | verified, {"name": "other"} | verified | {"vendor": "another vendor"}
+    cell = Difference("table1", "labels | 0", "mean@1", "66.7", "66.8")
+    hold_to_expectation(Comparison(EXPECTED / "test", [], ["scores/a.parquet"], [known]))
+    with pytest.raises(pytest.fail.Exception, match=r"labels \| 0 +mean@1 +66\.7 +66\.8"):
+        hold_to_expectation(Comparison(EXPECTED / "test", [cell], [], [known]))
+    for processors in ([other], [known, other]):
+        with pytest.warns(UserWarning, match=r"labels \| 0 +mean@1 +66\.7 +66\.8"):
+            hold_to_expectation(Comparison(EXPECTED / "test", [cell], [], processors))
 
 
 def test_table2_has_its_rows(workflow: Workflow) -> None:

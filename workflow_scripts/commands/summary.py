@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from workflow_scripts.commands import reproduce
 from workflow_scripts.configuration.model import Configuration, Tracking
 from workflow_scripts.files.redaction import redacted
 from workflow_scripts.reporting.wording import HEADS, number, table_titles, with_interval
@@ -50,8 +51,13 @@ def console(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, width=None if terminal else 140, no_color=not terminal)
 
 
-def summarise(results: Path, downloads: Path | None, uri: str, screen: Console, since: float = 0.0) -> None:
-    """Print the summary of a results folder; nothing where no job has begun since then (seconds since 1970)."""
+def summarise(
+    results: Path, downloads: Path | None, uri: str, screen: Console, since: float = 0.0, reproduced: str = ""
+) -> None:
+    """Print the summary of a results folder; nothing where no job has begun since then (seconds since 1970).
+
+    `reproduced` says whether the tables are the published ones.
+    """
     folders = [results, *([downloads] if downloads and not downloads.is_relative_to(results) else [])]
     paths = [path for folder in folders if folder.is_dir() for path in sidecars(folder)]
     found = [read_sidecar(path.with_name(path.name.removesuffix(".provenance.json"))) for path in paths]
@@ -62,6 +68,8 @@ def summarise(results: Path, downloads: Path | None, uri: str, screen: Console, 
     for name, title in table_titles(any(record["stage"] == "train_grpo" for record in found)).items():
         if (results / f"{name}.csv").is_file():
             screen.print(accuracy_table(results / f"{name}.csv", name, title, screen))
+    if reproduced:
+        screen.print(f"Tables: {reproduced}", markup=False, soft_wrap=True)
     warnings = sorted({warning for record in made for warning in record["warnings"]})
     for warning in warnings[:5]:
         screen.print(f"warning: {warning}", style="yellow", markup=False)
@@ -145,7 +153,8 @@ def tell_success(configuration: Configuration, since: float) -> None:
     tracking = configuration.tracking
     uri = (os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri) if tracking.enabled else ""
     try:
-        summarise(Path(configuration.results), Path(configuration.downloads), uri, console(sys.stderr), since)
+        results, downloads = Path(configuration.results), Path(configuration.downloads)
+        summarise(results, downloads, uri, console(sys.stderr), since, reproduce.one_line(configuration))
     except Exception as error:  # the results are there, whatever can be said of them
         print(f"no summary: {type(error).__name__}: {redacted(str(error))}", file=sys.stderr)
 

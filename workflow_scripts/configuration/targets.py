@@ -1,6 +1,6 @@
 """Files that the Snakefile asks for, and the raw files behind them."""
 
-from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset, Track
+from workflow_scripts.configuration.model import VALIDATION_FROM, Configuration, Dataset, PolicyName, Track
 from workflow_scripts.files.paths import ROOT, from_here
 
 FIGURES = (
@@ -20,10 +20,10 @@ def gallery_shards(c: Configuration, test: Dataset) -> list[int]:
     return list(range(-(-prompts // c.rollouts.shard_prompts)))
 
 
-def measured(c: Configuration) -> list[tuple[Track, str, Dataset, int]]:
+def measured(c: Configuration) -> list[tuple[Track, PolicyName, Dataset, int]]:
     """(track, policy, test, seed) of every accuracy in the tables; cross rows have the policy of table 1 only."""
-    same: list[tuple[Track, str, Dataset]] = [(t, policy, t) for t in c.tracks for policy in c.policies]
-    cross: list[tuple[Track, str, Dataset]] = [(x.track, c.policies[-1], x.test) for x in c.cross_tests]
+    same: list[tuple[Track, PolicyName, Dataset]] = [(t, policy, t) for t in c.tracks for policy in c.policies]
+    cross: list[tuple[Track, PolicyName, Dataset]] = [(x.track, c.policies[-1], x.test) for x in c.cross_tests]
     return [(*case, seed) for case in same + cross for seed in c.seeds]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from workflow_scripts.configuration.model import Configuration, Dataset, Track, Training
+from workflow_scripts.configuration.model import Configuration, Dataset, PolicyName, Track, Training
 from workflow_scripts.configuration.stages import ModelConfig, TrainGrpo
 from workflow_scripts.configuration.targets import measured
 from workflow_scripts.planning.costs import Length
@@ -69,11 +69,11 @@ def check_track(source: Source, p: Plan, track: Track, room: float, start: float
     length = completion_length(c, p.assumed, track, t.max_completion_tokens)
     mean = f"end at random after {length.mean:.0f} tokens on average" if source.random else "are the policy's own"
     found.completions = f"completions {mean}, at most {t.max_completion_tokens}"
-    tested: dict[str, Dataset] = {}
+    tested: dict[PolicyName, Dataset] = {}
     for case_track, policy, test, *_ in measured(c):
         if case_track == track:
             tested.setdefault(policy, test)
-    works: list[tuple[Work, str, Dataset, bool]] = [
+    works: list[tuple[Work, PolicyName, Dataset, bool]] = [
         (_rollouts, policy, test, c.rollouts.engine == "vllm") for policy, test in tested.items()
     ]
     if "grpo" in tested:

@@ -1,0 +1,71 @@
+"""`reproduce`: say cell by cell whether results have the committed digits."""
+
+import sys
+from pathlib import Path
+
+from pydantic import Field
+
+from workflow_scripts.configuration.model import Configuration
+from workflow_scripts.configuration.overlays import read_configuration
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.records import ProvenanceError
+from workflow_scripts.reporting import expectation
+from workflow_scripts.running.command_line import Command
+
+
+class Reproduce(Command):
+    """Say cell by cell whether finished results have the digits of the published tables.
+
+    The tables of the default, configs/test.yaml and configs/three_seeds.yaml are in tests/expected/. Exits with 1 where
+    a cell of a table differs or nothing can be compared; adapters, rollouts and scores with other bytes are only named.
+
+    example: python -m workflow_scripts reproduce --configfile configs/three_seeds.yaml
+    """
+
+    results: Path | None = None
+    """Results folder; by default that of the configuration."""
+    configfile: list[Path] = Field([])
+    """Overlay that the results were made with; repeat the option for several."""
+
+    def cli_cmd(self) -> None:
+        """Print what differs; exit with 1 where a table does."""
+        configuration = read_configuration(self.configfile)
+        results = self.results or Path(configuration.results)
+        if not (folder := expectation.expectation_of(configuration)):
+            where = expectation.EXPECTED.relative_to(ROOT)
+            sys.exit(f"error: {where} has no published table of this configuration, so there is nothing to compare")
+        expectation.check_made_with(configuration, results)
+        comparison = expectation.compare(results, folder)
+        print(report(comparison))
+        sys.exit(int(bool(comparison.cells)))
+
+
+def report(comparison: expectation.Comparison) -> str:
+    """Every cell and every file that differs, and whether the digits were verified on the processors used."""
+    from tabulate import tabulate
+
+    parts = []
+    if comparison.cells:
+        parts.append(tabulate(comparison.cells, headers=expectation.Difference._fields, disable_numparse=True))
+    if comparison.files:
+        parts.append("\n".join(["other bytes:", *(f"  {name}" for name in comparison.files)]))
+    for processor in comparison.processors:
+        known = "on which the digits were verified" if expectation.is_verified(processor) else "where they may differ"
+        parts.append("made by {name} ({vendor}, {instructions}), ".format(**processor) + known)
+    return "\n\n".join([*parts, comparison.summary()])
+
+
+def one_line(configuration: Configuration) -> str:
+    """Say in one line whether the tables of a finished run are the published ones; empty where none are published."""
+    results = Path(configuration.results)
+    folder = expectation.expectation_of(configuration)
+    if not folder or not (results / "table1.csv").is_file():
+        return ""
+    try:
+        expectation.check_made_with(configuration, results)
+        comparison = expectation.compare(results, folder)
+    except ProvenanceError as error:
+        return f"not compared with the published table: {error}"
+    overlay = "" if folder.name == "default" else f" --configfile configs/{folder.name}.yaml"
+    command = f"python -m workflow_scripts reproduce --results {results}{overlay}"
+    return comparison.summary() + (f"; all differences: {command}" if comparison.cells or comparison.files else "")

@@ -1,0 +1,189 @@
+"""The committed expectation of a configuration, and where the results of a run differ from it.
+
+`tests/expected/{name}/` holds the tables of configs/{name}.yaml (`default`: of config.yaml) as a run wrote them, and
+run.json: which configuration they belong to, SHA-256 of each adapter, rollouts file and score file, and the processor
+that made them. `reference.expected` writes such a folder.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import yaml
+
+from workflow_scripts.configuration import targets
+from workflow_scripts.configuration.data_stages import ReadAnnotations, SelectSubset, SynthesizeDataset
+from workflow_scripts.configuration.model import Configuration, Split, StageConfig
+from workflow_scripts.configuration.stages import (
+    GenerateRollouts,
+    MakeTables,
+    MeasureAccuracy,
+    PrepareBasePolicy,
+    ScoreRollouts,
+    TrainGrpo,
+)
+from workflow_scripts.files.digests import canonical_json, digest
+from workflow_scripts.files.paths import ROOT
+from workflow_scripts.files.records import ProvenanceError
+from workflow_scripts.policy.manifest import ADAPTER
+from workflow_scripts.reporting.wording import HEADS
+from workflow_scripts.running.mismatches import other_settings
+from workflow_scripts.running.provenance import read_sidecar, verify
+
+EXPECTED = ROOT / "tests" / "expected"
+RUN, VERIFIED = "run.json", "verified.yaml"
+# Columns that tell the rows of a table apart.
+KEYS = {name: (*heads, "seed") for name, heads in HEADS.items()}
+KEYS |= {"comparisons": ("claim", "test_data", "against", "tie", "seed")}
+KINDS = {"policies": "adapters", "rollouts": "rollouts", "scores": "scores"}
+
+Processor = dict[str, str]  # name, vendor and instructions, as sidecars record them
+
+
+class Difference(NamedTuple):
+    """A cell of a table with another text than the expected one; None where there is no such cell."""
+
+    table: str
+    row: str
+    column: str
+    expected: str | None
+    found: str | None
+
+
+class Comparison(NamedTuple):
+    """Where results differ from an expectation."""
+
+    expectation: Path
+    """Its folder."""
+    cells: list[Difference]
+    files: list[str]
+    """Adapters, rollouts and scores with other bytes, relative to the results folder."""
+    processors: list[Processor]
+    """Those that made the results."""
+
+    def summary(self) -> str:
+        """Say in one line whether the tables are the expected ones, and where the first difference is."""
+        published = f"the published table ({EXPECTED.relative_to(ROOT) / self.expectation.name})"
+        if not self.cells:
+            other = f", although {self.other_bytes()}" if self.files else ""
+            return f"equal to {published}{other}"
+        first = self.cells[0]
+        count = "1 cell differs" if len(self.cells) == 1 else f"{len(self.cells)} cells differ"
+        return (
+            f"{count} from {published}, the first in {first.table}.csv, {first.row}, "
+            f"{first.column}: expected {first.expected or 'nothing'}, found {first.found or 'nothing'}"
+        )
+
+    def other_bytes(self) -> str:
+        """How many files of each kind have other bytes; an empty text where none has."""
+        counts = Counter(KINDS[name.split("/")[0]] for name in self.files)
+        return f"other bytes in files of {', '.join(f'{kind} ({n})' for kind, n in counts.items())}" if counts else ""
+
+
+def settings_digest(c: Configuration) -> str:
+    """Digest of what the stages behind the tables are given: of every key that can change a table, and of no other.
+
+    The configuration must not use own data, whose files it does not know.
+    """
+    configs: list[StageConfig] = [PrepareBasePolicy.of(c), MakeTables.of(c)]
+    for dataset in dict.fromkeys([*c.tracks, *targets.test_sets(c)]):
+        configs.append(SynthesizeDataset.of(c, dataset))
+        for split in get_args(Split) if c.trains() else ("test",):
+            configs += [ReadAnnotations.of(c, dataset, split), SelectSubset.of(c, dataset, split)]
+    configs += [TrainGrpo.of(c, track, seed) for track in c.tracks for seed in c.seeds if c.trains()]
+    for case in targets.measured(c):
+        configs += [ScoreRollouts.of(c, *case), MeasureAccuracy.of(c, *case)]
+        blocks = [(shard, block) for shard in targets.shards(c, case[2]) for block in range(c.rollouts.blocks)]
+        configs += [GenerateRollouts.of(c, *case, *block) for block in blocks]
+    return digest(canonical_json([[config.stage, config.model_dump(mode="json")] for config in configs]))
+
+
+def expectation_of(c: Configuration, folder: Path = EXPECTED) -> Path | None:
+    """Folder of the expectation that belongs to a configuration, None where there is none."""
+    runs = [] if c.uses_own_data() else sorted(folder.glob(f"*/{RUN}"))
+    known = {json.loads(run.read_text(encoding="utf-8"))["settings"]: run.parent for run in runs}
+    return known.get(settings_digest(c)) if known else None
+
+
+def compared_files(c: Configuration) -> list[str]:
+    """Adapters, rollouts and scores behind the tables of a configuration, relative to its results folder."""
+    adapters = [f"{folder}/{ADAPTER}" for folder in targets.adapter_folders(c)]
+    paths = map(Path, adapters + targets.rollout_files(c) + targets.score_files(c))
+    return [path.relative_to(c.results).as_posix() for path in paths]
+
+
+def check_made_with(c: Configuration, results: Path) -> None:
+    """Check that tables, adapters, rollouts and scores are as their stages wrote them, with these settings and code.
+
+    Raises:
+        ProvenanceError: one is missing, is not what its stage wrote, or was made with other settings or code.
+    """
+    for name in ("table1.csv", *compared_files(c)):
+        if reasons := other_settings(c, verify(results / name)):
+            raise ProvenanceError(
+                f"{results / name} is not a result of this configuration and code ({reasons[0]}); name the overlays "
+                "by --configfile, or run snakemake again"
+            )
+
+
+def file_digests(results: Path, names: Collection[str]) -> dict[str, str]:
+    """SHA-256 of files of a results folder by name, as their sidecars record it.
+
+    Raises:
+        ProvenanceError: one has no sidecar.
+    """
+    return {name: read_sidecar(results / name)["outputs"][Path(name).name]["sha256"] for name in names}
+
+
+def processors_of(results: Path, names: Collection[str]) -> list[Processor]:
+    """Processors that made the tables and these files of a results folder, each once."""
+    found: list[Processor] = []
+    for name in ("table1.csv", *names):
+        processor = read_sidecar(results / name)["processor"]
+        if processor not in found:
+            found.append(processor)
+    return found
+
+
+def cells(path: Path) -> dict[tuple[str, str], str]:
+    """Text of every cell of a table by row and column; the row is named by its key columns."""
+    keys = KEYS[path.stem]
+    with path.open(encoding="utf-8", newline="") as file:
+        return {
+            (" | ".join(row[key] for key in keys if row[key]), column): text
+            for row in csv.DictReader(file)
+            for column, text in row.items()
+        }
+
+
+def differing_cells(results: Path, expectation: Path) -> list[Difference]:
+    """Cells of the tables whose text differs, in the order of the expected tables; cells only in results come last."""
+    found = []
+    for table in KEYS:
+        expected, actual = cells(expectation / f"{table}.csv"), cells(results / f"{table}.csv")
+        for cell in expected | actual:
+            if expected.get(cell) != actual.get(cell):
+                found.append(Difference(table, *cell, expected.get(cell), actual.get(cell)))
+    return found
+
+
+def compare(results: Path, expectation: Path) -> Comparison:
+    """Compare a finished results folder with an expectation, the tables by their cells and the other files by bytes.
+
+    Raises:
+        OSError: a table is missing.
+        ProvenanceError: another file has no sidecar.
+    """
+    expected = json.loads((expectation / RUN).read_text(encoding="utf-8"))["files"]
+    actual = file_digests(results, expected)
+    files = [name for name in expected if actual[name] != expected[name]]
+    return Comparison(expectation, differing_cells(results, expectation), files, processors_of(results, expected))
+
+
+def is_verified(processor: Mapping[str, str], folder: Path = EXPECTED) -> bool:
+    """Whether the expected digits were verified on processors of this vendor with these instructions."""
+    listed = yaml.safe_load((folder / VERIFIED).read_text(encoding="utf-8"))
+    return {key: processor[key] for key in ("vendor", "instructions")} in listed
