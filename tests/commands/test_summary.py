@@ -37,7 +37,7 @@ def results(tmp_path: Path) -> Path:
         ("table1.csv", "make_tables", []),
     ):
         record = {"stage": stage, "started": datetime.now(UTC).isoformat(), "seconds": 61.0, "warnings": warnings}
-        record |= {"peak_memory_megabytes": 900}
+        record |= {"peak_memory_megabytes": 900, "config": {}, "code_digest": "", "outputs": {}}
         (folder / f"{name}.provenance.json").write_text(json.dumps(record))
     (folder / "table1.csv").write_text(TABLE1)
     (folder / "table2.csv").write_text(TABLE2)
