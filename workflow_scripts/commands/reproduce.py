@@ -50,8 +50,9 @@ def report(comparison: expectation.Comparison) -> str:
     if comparison.files:
         parts.append("\n".join(["other bytes:", *(f"  {name}" for name in comparison.files)]))
     for processor in comparison.processors:
-        known = "on which the digits were verified" if expectation.is_verified(processor) else "where they may differ"
-        parts.append("made by {name} ({vendor}, {instructions}), ".format(**processor) + known)
+        known = expectation.is_verified(processor)
+        made_by = "made by {name} ({vendor}, {instructions})".format(**processor)
+        parts.append(f"{made_by}, {'on which the digits were verified' if known else 'where digits may differ'}")
     return "\n\n".join([*parts, comparison.summary()])
 
 

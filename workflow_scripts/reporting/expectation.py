@@ -68,19 +68,15 @@ class Comparison(NamedTuple):
         """Say in one line whether the tables are the expected ones, and where the first difference is."""
         published = f"the published table ({EXPECTED.relative_to(ROOT) / self.expectation.name})"
         if not self.cells:
-            other = f", although {self.other_bytes()}" if self.files else ""
-            return f"equal to {published}{other}"
+            kinds = Counter(KINDS[name.split("/")[0]] for name in self.files)
+            counts = ", ".join(f"{kind} ({number})" for kind, number in kinds.items())
+            return f"equal to {published}" + (f", although other bytes in files of {counts}" if counts else "")
         first = self.cells[0]
         count = "1 cell differs" if len(self.cells) == 1 else f"{len(self.cells)} cells differ"
         return (
             f"{count} from {published}, the first in {first.table}.csv, {first.row}, "
             f"{first.column}: expected {first.expected or 'nothing'}, found {first.found or 'nothing'}"
         )
-
-    def other_bytes(self) -> str:
-        """How many files of each kind have other bytes; an empty text where none has."""
-        counts = Counter(KINDS[name.split("/")[0]] for name in self.files)
-        return f"other bytes in files of {', '.join(f'{kind} ({n})' for kind, n in counts.items())}" if counts else ""
 
 
 def settings_digest(c: Configuration) -> str:
@@ -101,11 +97,13 @@ def settings_digest(c: Configuration) -> str:
     return digest(canonical_json([[config.stage, config.model_dump(mode="json")] for config in configs]))
 
 
-def expectation_of(c: Configuration, folder: Path = EXPECTED) -> Path | None:
+def expectation_of(c: Configuration) -> Path | None:
     """Folder of the expectation that belongs to a configuration, None where there is none."""
-    runs = [] if c.uses_own_data() else sorted(folder.glob(f"*/{RUN}"))
+    if c.uses_own_data():
+        return None
+    runs = EXPECTED.glob(f"*/{RUN}")
     known = {json.loads(run.read_text(encoding="utf-8"))["settings"]: run.parent for run in runs}
-    return known.get(settings_digest(c)) if known else None
+    return known.get(settings_digest(c))
 
 
 def compared_files(c: Configuration) -> list[str]:
