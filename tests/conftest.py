@@ -212,7 +212,7 @@ def finished(tmp_path: Path, with_sidecar: Any) -> tuple[Any, Path]:
     def write(config: StageConfig, path: Path, *others: Path) -> None:
         code = code_digest(config.stage, config.code_engine)
         record = {"stage": config.stage, "config": config.model_dump(mode="json"), "code_digest": code}
-        record |= {"processor": {"name": "AMD EPYC", "vendor": "AuthenticAMD", "instructions": "avx2"}}
+        record |= {"processor": {"name": "zen3", "vendor": "AuthenticAMD", "instructions": "avx2"}}
         record |= {"started": "2025-01-01T00:00:00+00:00", "seconds": 1.0, "peak_memory_megabytes": 1}
         with_sidecar(path, *others, **record)
 

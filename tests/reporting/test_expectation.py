@@ -33,7 +33,7 @@ from workflow_scripts.reporting.expectation import (
 from workflow_scripts.running.provenance import sidecar_path
 
 NAMES = sorted(path.parent.name for path in EXPECTED.glob("*/run.json"))
-AMD = {"name": "AMD EPYC", "vendor": "AuthenticAMD", "instructions": "avx2"}
+AMD = {"name": "zen3", "vendor": "AuthenticAMD", "instructions": "avx2"}
 Finished = tuple[Configuration, Path]
 
 
