@@ -466,6 +466,36 @@ def test_a_training_killed_after_its_last_checkpoint_does_no_step_more(
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 
 
+def test_the_adapter_that_is_kept_validates_best_or_is_the_last(
+    run_main: Any, training_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"prompts_per_step": 2, "group_size": 4, "validate_every": 1, "warmup_steps": 0}
+    small |= {"learning_rate_schedule": "constant_with_warmup"}  # so that the first step is that of a shorter training
+
+    def train(name: str, **settings: Any) -> tuple[dict[str, Any], bytes]:
+        config = TrainGrpo.of(load({"training": {"imagereward": small | settings}}), "imagereward", 0)
+        folder = tmp_path / name
+        files = {name.split(".")[0]: folder / name for name in ("adapter.safetensors", "adapter_config.json")}
+        files |= {"record": folder / "training.json", "checkpoints": folder / "checkpoints"}
+        run_main("train_grpo", config, **training_inputs, **files)
+        return json.loads(files["record"].read_text()), files["adapter"].read_bytes()
+
+    accuracies = iter([0.5, 0.9, 0.6] * 2 + [0.5, 0.9])
+    validate = Validation.__call__
+    monkeypatch.setattr(
+        Validation,
+        "__call__",
+        lambda *given: (
+            (found := validate(*given))[0] | {"eval_soft_pair_accuracy": next(accuracies)},
+            found[1],
+        ),
+    )
+    (best, first), (last, second) = train("best", steps=2), train("last", steps=2, keep="last")
+    assert (best["kept_step"], best["kept_soft_pair_accuracy"]) == (1, 0.9)
+    assert (last["kept_step"], last["kept_soft_pair_accuracy"]) == (2, 0.6)
+    assert first == train("shorter", steps=1)[1] != second
+
+
 def test_a_training_that_resumes_in_a_later_pass_sees_the_same_items(
     run_main: Any, training_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ def history(best: float, largest_share: float, *differences: float) -> list[dict
     ("best", "share", "expected"),
     [
         (0.6, 0.9, []),
-        (0.5, 0.9, ["no adapter validates better than the base policy (0.500 against 0.500)"]),
+        (0.5, 0.9, ["the kept adapter does not validate better than the base policy (0.500 against 0.500)"]),
         (0.6, 0.95, ["the policy has collapsed, one answer makes up 95% of its validation rollouts"]),
     ],
 )
@@ -39,7 +39,7 @@ def test_a_training_that_failed_says_so(best: float, share: float, expected: lis
     record = training_record(CONFIG, history(best, share), 1, warnings.append)
     assert warnings == [f"hpsv2, seed 3: {text}" for text in expected]
     assert record["collapsed"] == (share > 0.9)
-    assert (record["best_soft_pair_accuracy"], record["untrained_soft_pair_accuracy"]) == (best, 0.5)
+    assert (record["kept_soft_pair_accuracy"], record["untrained_soft_pair_accuracy"]) == (best, 0.5)
     assert record["selection_se"] == 0.5  # half of the pairs of one prompt more, half of the other's fewer
 
 

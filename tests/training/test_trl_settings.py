@@ -11,7 +11,8 @@ def test_every_setting_of_the_paper_reaches_trl(tmp_path: Path) -> None:
     changed = {
         "learning_rate": 3e-5, "beta": 0.07, "epsilon": 0.3, "loss_type": "dr_grpo", "scale_rewards": "none",
         "importance_sampling_level": "token", "num_iterations": 2, "temperature": 0.9, "warmup_steps": 3,
-        "max_grad_norm": 0.5, "gradient_checkpointing": True,
+        "max_grad_norm": 0.5, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95,
+        "gradient_checkpointing": True,
     }  # fmt: skip
     sizes = {"steps": 6, "validate_every": 2, "prompts_per_step": 4, "group_size": 6, "gradient_accumulation": 3}
     training = changed | sizes | {"rewards": {"format": 0.5, "exact": 2, "approximate": 0.25}}

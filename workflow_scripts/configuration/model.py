@@ -367,6 +367,13 @@ class Training(Section):
     """Steps of warm-up."""
     max_grad_norm: float = Field(0.03, gt=0)
     """Gradient clipping. The norm of the tiny policy is about 0.015; a single step with 0.2 has ruined a run."""
+    # Omitted from the canonical JSON at the default, to keep old digests; so are `reward_signal`, `vllm` and `keep`.
+    weight_decay: float = Field(0.0, ge=0, exclude_if=lambda decay: decay == 0)
+    """Decay of the adapter's weights by AdamW: in each step, this times the learning rate."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1, exclude_if=lambda beta: beta == 0.9)
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1, exclude_if=lambda beta: beta == 0.999)
+    """Decay of AdamW's mean of squared gradients."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature of the rollouts in training."""
     max_completion_tokens: int = Field(64, ge=8)
@@ -402,6 +409,8 @@ class Training(Section):
     """Steps between validations and checkpoints; a multiple of num_iterations."""
     validation_rollouts: int = Field(1, ge=1)
     """Rollouts of each validation item."""
+    keep: Literal["best", "last"] = Field("best", exclude_if=lambda keep: keep == "best")
+    """Adapter that is kept: the one that validates best, or that of the last step, which is no lucky one of many."""
     collapse_share: float = Field(0.9, gt=0, le=1)
     """A policy that gives one answer in more than this share of its rollouts is reported as collapsed."""
 

@@ -49,7 +49,7 @@ def _validation_shares(policies: Policies, track: str) -> list[tuple[str, str, s
     for when in ("before", "after") if records else ():
         shares: defaultdict[str, list[float]] = defaultdict(list)
         for record in records:
-            step = 0 if when == "before" else record["best_step"]
+            step = 0 if when == "before" else record["kept_step"]
             entry = next(h for h in record["history"] if h["step"] == step and "eval_largest_answer_share" in h)
             for name in _names(policies, track):
                 shares[name].append(entry[f"eval_answer_share/{name.replace('none', 'None')}"])

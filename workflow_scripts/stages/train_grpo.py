@@ -1,4 +1,4 @@
-"""Train a LoRA adapter with GRPO on one track (paper §2.2 and §4), and keep the adapter that validates best.
+"""Train a LoRA adapter with GRPO on one track (paper §2.2 and §4), and keep the adapter that validates best or last.
 
 python -m workflow_scripts.stages.train_grpo --base results/policies/base/manifest.json \
     --train results/datasets/imagereward/train/subset.parquet \
@@ -21,6 +21,7 @@ import shutil
 from pathlib import Path
 
 from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from workflow_scripts.configuration.stages import TrainGrpo
 from workflow_scripts.files.redaction import redacted
@@ -56,11 +57,11 @@ class Arguments(StageArguments):
     validation_images: Input
     """Their images."""
     adapter: Output
-    """Weights of the adapter that validated best."""
+    """Weights of the adapter that is kept."""
     adapter_config: Output
     """Its configuration."""
     record: Output
-    """Record of the training: items seen, curves, validations with their errors and answer histograms, best step,
+    """Record of the training: items seen, curves, validations with their errors and answer histograms, kept step,
     collapse, warnings."""
     checkpoints: Path
     """Folder of resume states."""
@@ -119,15 +120,16 @@ def main() -> None:
                 "raise validation_prompts"
             )
         best = folder / Path(trainer.state.best_model_checkpoint).name
+        kept = best if t.keep == "best" else folder / f"{PREFIX_CHECKPOINT_DIR}-{steps}"
         with replacing(arguments.adapter) as temporary:
-            shutil.copyfile(best / ADAPTER, temporary)
-        adapter_config = json.loads((best / ADAPTER_CONFIG).read_text())
+            shutil.copyfile(kept / ADAPTER, temporary)
+        adapter_config = json.loads((kept / ADAPTER_CONFIG).read_text())
         adapter_config["base_model_name_or_path"] = json.loads(arguments.base.read_text())["path"]
         write_json(arguments.adapter_config, adapter_config)
         seen = trained_on(t, steps, len(items), config.seed)
-        record = training_record(config, trainer.state.log_history, step_of(best), warn)
+        record = training_record(config, trainer.state.log_history, step_of(kept), warn)
         write_json(arguments.record, record | seen | {"warnings": warnings})
-        said = ("best_step", "best_soft_pair_accuracy", "selection_se", "collapsed")
+        said = ("kept_step", "kept_soft_pair_accuracy", "selection_se", "collapsed")
         run.metrics(seen | {name: record[name] for name in said})
     shutil.rmtree(folder)
 

@@ -1,4 +1,4 @@
-"""The record of a training: its curves, its best step, and whether the policy collapsed."""
+"""The record of a training: its curves, the step that is kept, and whether the policy collapsed."""
 
 import math
 from collections.abc import Callable
@@ -40,32 +40,32 @@ def trained_on(t: Training, steps: int, items: int, seed: int) -> dict[str, floa
 
 
 def training_record(
-    config: TrainGrpo, log_history: list[dict[str, Any]], best_step: int, warn: Callable[[str], None]
+    config: TrainGrpo, log_history: list[dict[str, Any]], kept_step: int, warn: Callable[[str], None]
 ) -> dict[str, Any]:
     """Record a training by the trainer's log, without times and speeds, which differ from run to run.
 
-    Warns if no adapter validates better than the base policy, if the best one gives nearly always one answer, and if
-    the policy that samples differs from the one that is trained.
-    `selection_se` is the largest standard error of the paired difference between the best validation and another; it is
-    undefined with one prompt.
+    Warns if the kept adapter does not validate better than the base policy, if it gives nearly always one answer, and
+    if the policy that samples differs from the one that is trained.
+    `selection_se` is the largest standard error of the paired difference between the validation of the kept adapter and
+    another; it is undefined with one prompt.
     """
     entries = [entry for entry in log_history if "train_loss" not in entry]  # that entry sums up times and speeds
     history = [{k: v for k, v in entry.items() if "time" not in k and k != CREDIT} for entry in entries]
     validations = {entry["step"]: entry for entry in history if BEST in entry}
-    best, untrained = validations[best_step], validations[0][BEST]
+    kept, untrained = validations[kept_step], validations[0][BEST]
     credit = {entry["step"]: entry[CREDIT] for entry in entries if CREDIT in entry}
-    others = [paired_difference(credit[step], credit[best_step]) for step in credit if step != best_step]
+    others = [paired_difference(credit[step], credit[kept_step]) for step in credit if step != kept_step]
     selection_se = max(error for _, error in others)
-    if best[BEST] <= untrained:
+    if kept[BEST] <= untrained:
         warn(
-            f"{config.track}, seed {config.seed}: no adapter validates better than the base policy "
-            f"({best[BEST]:.3f} against {untrained:.3f})"
+            f"{config.track}, seed {config.seed}: the kept adapter does not validate better than the base policy "
+            f"({kept[BEST]:.3f} against {untrained:.3f})"
         )
-    collapsed = best["eval_largest_answer_share"] > config.training.collapse_share
+    collapsed = kept["eval_largest_answer_share"] > config.training.collapse_share
     if collapsed:
         warn(
             f"{config.track}, seed {config.seed}: the policy has collapsed, one answer makes up "
-            f"{best['eval_largest_answer_share']:.0%} of its validation rollouts"
+            f"{kept['eval_largest_answer_share']:.0%} of its validation rollouts"
         )
     differences = [entry[f"{DIFFERENCE}/mean"] for entry in history if f"{DIFFERENCE}/mean" in entry]
     explained = EXPLAINED[config.model.dtype]
@@ -78,8 +78,8 @@ def training_record(
             f"training.{config.track}.generation to {'trl' if generation == 'transformers' else 'transformers'}"
         )
     return {
-        "best_step": best_step,
-        "best_soft_pair_accuracy": best[BEST],
+        "kept_step": kept_step,
+        "kept_soft_pair_accuracy": kept[BEST],
         "untrained_soft_pair_accuracy": untrained,
         "selection_se": None if math.isnan(selection_se) else selection_se,
         "collapsed": collapsed,
