@@ -230,21 +230,23 @@ def test_every_processor_that_took_part_is_named_once(finished: Finished, expect
 
 
 @pytest.mark.parametrize(
-    ("vendor", "instructions", "verified"),
+    ("vendor", "name", "instructions", "verified"),
     [
-        ("AuthenticAMD", "avx2", True),
-        ("AuthenticAMD", "native", False),
-        ("GenuineIntel", "avx2", False),
-        ("Apple", "native", False),
+        ("AuthenticAMD", "zen3", "avx2", True),
+        ("AuthenticAMD", "zen4", "avx2", True),
+        ("AuthenticAMD", "zen3", "native", False),
+        ("GenuineIntel", "haswell", "avx2", True),
+        ("GenuineIntel", "skylake", "avx2", False),
+        ("Apple", "m1", "native", False),
     ],
 )
-def test_vendor_and_instructions_decide_whether_the_digits_are_verified(
-    vendor: str, instructions: str, verified: bool, tmp_path: Path
+def test_a_processor_is_verified_if_a_line_fits_it(
+    vendor: str, name: str, instructions: str, verified: bool, tmp_path: Path
 ) -> None:
-    lines = [{"vendor": "AuthenticAMD", "instructions": "avx2"}, {"vendor": "GenuineIntel", "instructions": "native"}]
+    lines = [{"vendor": "AuthenticAMD", "instructions": "avx2"}]
+    lines.append({"vendor": "GenuineIntel", "name": "haswell", "instructions": "avx2"})
     (tmp_path / "verified.yaml").write_text(yaml.safe_dump(lines))
-    processor = {"name": "any", "vendor": vendor, "instructions": instructions}
-    assert is_verified(processor, tmp_path) == verified
+    assert is_verified({"vendor": vendor, "name": name, "instructions": instructions}, tmp_path) == verified
 
 
 def test_committed_digits_come_from_verified_processors() -> None:

@@ -182,6 +182,6 @@ def compare(results: Path, expectation: Path) -> Comparison:
 
 
 def is_verified(processor: Mapping[str, str], folder: Path = EXPECTED) -> bool:
-    """Whether the expected digits were verified on processors of this vendor with these instructions."""
+    """Whether the expected digits were verified on such a processor: one with all values of a line of verified.yaml."""
     listed = yaml.safe_load((folder / VERIFIED).read_text(encoding="utf-8"))
-    return {key: processor[key] for key in ("vendor", "instructions")} in listed
+    return any(line.items() <= processor.items() for line in listed)
