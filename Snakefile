@@ -50,7 +50,8 @@ STARTED = time.time()
 onstart:
     started = {job.rule.name for job in workflow.dag.needrun_jobs()}
     jobs.check_interpreters(configuration, started)
-    if line := other_digits(configuration.numeric_instructions):
+    line = other_digits(configuration.numeric_instructions)
+    if line and configuration.policy.device == "cpu":
         print(f"note: {line}", file=sys.stderr)
     if workflow.local_exec and configuration.policy.device == "cuda":
         from workflow_scripts.preflight.machine import check_run

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workflow_scripts.configuration import overlays
+from workflow_scripts.configuration.data_stages import SynthesizeDataset
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.overlays import read_configuration
 from workflow_scripts.files.paths import ROOT
@@ -22,6 +23,7 @@ from workflow_scripts.reference.reruns import FinishedRun, changing, leaves, oth
 from workflow_scripts.reporting.expectation import (
     EXPECTED,
     KEYS,
+    PROSE,
     check_made_with,
     compare,
     compared_files,
@@ -30,7 +32,8 @@ from workflow_scripts.reporting.expectation import (
     is_verified,
     settings_digest,
 )
-from workflow_scripts.running.provenance import sidecar_path
+from workflow_scripts.running.code_digest import code_digest
+from workflow_scripts.running.provenance import read_sidecar, sidecar_path
 
 NAMES = sorted(path.parent.name for path in EXPECTED.glob("*/run.json"))
 AMD = {"name": "zen3", "vendor": "AuthenticAMD", "instructions": "avx2"}
@@ -120,7 +123,7 @@ PLACES = [
     for table, keys in KEYS.items()
     for row, line in enumerate(table_rows(EXPECTED / "test" / f"{table}.csv"))
     for column, _ in enumerate(line)
-    if row and table_rows(EXPECTED / "test" / f"{table}.csv")[0][column] not in keys
+    if row and table_rows(EXPECTED / "test" / f"{table}.csv")[0][column] not in (*keys, PROSE)
 ]
 
 
@@ -150,13 +153,47 @@ def test_a_row_or_a_column_that_only_one_table_has(table: str, finished: Finishe
     heads, *rows = table_rows(path)
     write_rows(path, [heads, *rows[:-1]])
     missing = differing_cells(finished[1], expectation)
-    assert [cell.column for cell in missing] == heads
-    assert [cell.expected for cell in missing] == rows[-1] and {cell.found for cell in missing} == {None}
+    compared = dict(zip(heads, rows[-1], strict=True))
+    compared.pop(PROSE, None)
+    assert {cell.column: cell.expected for cell in missing} == compared and {cell.found for cell in missing} == {None}
     write_rows(path, [[*heads, "more"], *([*row, "x"] for row in rows)])
     more = differing_cells(finished[1], expectation)
     assert [cell[2:] for cell in more] == [("more", None, "x")] * len(rows)
     write_rows(path, [heads, *reversed(rows)])
     assert differing_cells(finished[1], expectation) == []
+
+
+def test_other_words_in_notes_are_no_difference(finished: Finished, expectation: Path) -> None:
+    path = finished[1] / "table1.csv"
+    heads, *rows = table_rows(path)
+    for row in rows:
+        row[heads.index(PROSE)] = "in other words"
+    write_rows(path, [heads, *rows])
+    assert differing_cells(finished[1], expectation) == []
+
+
+@pytest.mark.parametrize("broken", ["", "{", "{}", "[]", '{"settings": "s"}'])
+def test_an_expectation_that_cannot_be_read_is_named(broken: str, finished: Finished, expectation: Path) -> None:
+    (expectation / "run.json").write_text(broken)
+    with pytest.raises(ProvenanceError, match=r"expected/run\.json is not what was committed"):
+        compare(finished[1], expectation)
+
+
+@pytest.mark.parametrize("break_it", [Path.unlink, lambda path: path.write_text("a,b\n1,2\n")])
+def test_a_table_that_cannot_be_read_is_named(
+    break_it: Callable[[Path], None], finished: Finished, expectation: Path
+) -> None:
+    break_it(expectation / "table2.csv")
+    with pytest.raises(ProvenanceError, match=r"expected/table2\.csv is not a table"):
+        compare(finished[1], expectation)
+
+
+def test_two_rows_with_equal_keys_are_refused(finished: Finished, expectation: Path) -> None:
+    path = finished[1] / "table1.csv"
+    heads, first, *rows = table_rows(path)
+    write_rows(path, [heads, [*first[:-1], "another"], first, *rows])
+    with pytest.raises(ProvenanceError, match=r"table1\.csv.*two rows are ImageReward \| ImageReward \| labels \| 0"):
+        compare(finished[1], expectation)
 
 
 def test_the_summary_names_the_first_difference(finished: Finished, expectation: Path) -> None:
@@ -179,9 +216,9 @@ def test_the_summary_names_the_first_difference(finished: Finished, expectation:
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("policies/hpsv2/*/adapter_model.safetensors", "adapters (1)"),
-        ("scores/*/grpo/**/*.parquet", "scores (3)"),
-        ("**/*0000-0000.parquet", "rollouts (5)"),
+        ("policies/hpsv2/*/adapter_model.safetensors", "1 adapters"),
+        ("scores/*/grpo/**/*.parquet", "3 scores"),
+        ("**/*0000-0000.parquet", "5 rollouts"),
     ],
 )
 def test_other_bytes_with_equal_tables(
@@ -195,7 +232,7 @@ def test_other_bytes_with_equal_tables(
     assert sorted(comparison.files) == [path.relative_to(finished[1]).as_posix() for path in paths]
     assert comparison.cells == []
     assert comparison.summary() == (
-        f"equal to the published table (tests/expected/expected), although other bytes in files of {said}"
+        f"equal to the published table (tests/expected/expected), although files have other bytes: {said}"
     )
 
 
@@ -217,6 +254,33 @@ def test_results_of_other_settings_or_code_are_refused(finished: Finished) -> No
     path = sidecar_path(results / "table1.csv")
     path.write_text(re.sub(r'"code_digest": "\w+"', '"code_digest": "other"', path.read_text()))
     with pytest.raises(ProvenanceError, match=r"table1.*other code of make_tables"):
+        check_made_with(configuration, results)
+
+
+def test_everything_that_the_tables_were_made_from_is_checked(
+    finished: Finished, with_sidecar: Callable[..., None], recorded_anew: Callable[[Path], None]
+) -> None:
+    configuration, results = finished
+    data, table = results / "dataset.json", sidecar_path(results / "table1.csv")
+
+    def make_data(seed: int) -> None:
+        world = {"datasets": {"imagereward": {"synthetic": {"seed": seed}}}}
+        config = SynthesizeDataset.of(read_configuration([ROOT / "configs/test.yaml"], world), "imagereward")
+        code = code_digest(config.stage, config.code_engine)
+        with_sidecar(data, stage=config.stage, config=config.model_dump(mode="json"), code_digest=code)
+        made_from = {str(data): read_sidecar(data)["outputs"][data.name]["sha256"]}
+        table.write_text(json.dumps(json.loads(table.read_text()) | {"inputs": made_from}))
+
+    data.write_text("data")
+    make_data(0)
+    check_made_with(configuration, results)
+    make_data(1)
+    with pytest.raises(ProvenanceError, match=r"dataset\.json is not a result of this .*seed = 1, now 0"):
+        check_made_with(configuration, results)
+    make_data(0)
+    data.write_text("data made anew on another machine")
+    recorded_anew(data)
+    with pytest.raises(ProvenanceError, match=r"table1\.csv was made from another .*dataset\.json"):
         check_made_with(configuration, results)
 
 

@@ -60,7 +60,7 @@ class Rank(Command):
         if not self.table and (self.prompt is None or not self.images):
             raise UsageError('give --prompt "…" with images or folders of them, or --table prompts.csv')
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        os.environ.update(pinned("avx2"))  # before PyTorch is loaded
+        os.environ.update(pinned("avx2"))  # before the libraries are loaded
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from workflow_scripts.ranking.listing import listed_files, listed_table
 

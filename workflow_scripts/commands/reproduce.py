@@ -1,12 +1,16 @@
 """`reproduce`: say cell by cell whether results have the committed digits."""
 
+import shlex
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_settings import NoDecode
 
+from workflow_scripts.commands.plan import split_settings
 from workflow_scripts.configuration.model import Configuration
-from workflow_scripts.configuration.overlays import read_configuration
+from workflow_scripts.configuration.overlays import parse_changes, read_configuration
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.records import ProvenanceError
 from workflow_scripts.reporting import expectation
@@ -14,22 +18,25 @@ from workflow_scripts.running.command_line import Command
 
 
 class Reproduce(Command):
-    """Say cell by cell whether finished results have the digits of the published tables.
+    """Say cell by cell whether finished results are the published tables.
 
-    The tables of the default, configs/test.yaml and configs/three_seeds.yaml are in tests/expected/. Exits with 1 where
-    a cell of a table differs or nothing can be compared; adapters, rollouts and scores with other bytes are only named.
+    These are in tests/expected/, in a folder for each configuration. Exits with 1 where a cell differs or nothing can
+    be compared; notes are not compared, and adapters, rollouts and scores with other bytes are only named. Run it where
+    you run snakemake.
 
-    example: python -m workflow_scripts reproduce --configfile configs/three_seeds.yaml
+    example: python -m workflow_scripts reproduce --configfile configs/test.yaml
     """
 
     results: Path | None = None
     """Results folder; by default that of the configuration."""
     configfile: list[Path] = Field([])
     """Overlay that the results were made with; repeat the option for several."""
+    config: Annotated[list[str], NoDecode, BeforeValidator(split_settings)] = Field([])
+    """Change `key=value` that they were made with, as of snakemake; repeat the option for several."""
 
     def cli_cmd(self) -> None:
         """Print what differs; exit with 1 where a table does."""
-        configuration = read_configuration(self.configfile)
+        configuration = read_configuration(self.configfile, parse_changes(self.config))
         results = self.results or Path(configuration.results)
         if not (folder := expectation.expectation_of(configuration)):
             where = expectation.EXPECTED.relative_to(ROOT)
@@ -59,14 +66,16 @@ def report(comparison: expectation.Comparison) -> str:
 def one_line(configuration: Configuration) -> str:
     """Say in one line whether the tables of a finished run are the published ones; empty where none are published."""
     results = Path(configuration.results)
-    folder = expectation.expectation_of(configuration)
-    if not folder or not (results / "table1.csv").is_file():
-        return ""
     try:
+        folder = expectation.expectation_of(configuration)
+        if not folder or not (results / "table1.csv").is_file():
+            return ""
         expectation.check_made_with(configuration, results)
         comparison = expectation.compare(results, folder)
     except ProvenanceError as error:
         return f"not compared with the published table: {error}"
-    overlay = "" if folder.name == "default" else f" --configfile configs/{folder.name}.yaml"
-    command = f"python -m workflow_scripts reproduce --results {results}{overlay}"
-    return comparison.summary() + (f"; all differences: {command}" if comparison.cells or comparison.files else "")
+    words = ["python", "-m", "workflow_scripts", "reproduce", "--results", str(results)]
+    if folder.name != "default":
+        words += ["--configfile", f"configs/{folder.name}.yaml"]
+    differ = comparison.cells or comparison.files
+    return comparison.summary() + (f"; all differences: {shlex.join(words)}" if differ else "")

@@ -674,8 +674,8 @@ class Configuration(Section):
     numeric_threads: int = Field(1, ge=1)
     """Threads of one numeric job; every result depends on it, since float32 sums do."""
     numeric_instructions: Instructions = "avx2"
-    """Instruction set of numeric jobs on an x86-64 CPU: avx2 for the same digits on every such machine, or native,
-    whatever the processor has. No effect on a model on CUDA, nor on vLLM."""
+    """Instruction set of numeric jobs on an x86-64 CPU: avx2, so that digits do not depend on what more the processor
+    has, or native, all that it has. No effect on a model on CUDA, nor on vLLM."""
     vllm_python: str = ".venv-vllm/bin/python"
     """Interpreter of the environment with vLLM, for all trainings and rollouts of a run in which vLLM generates;
     relative to the repository. A change reruns nothing."""

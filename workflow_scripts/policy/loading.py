@@ -111,7 +111,7 @@ def load_model(manifest: Path, config: ModelConfig) -> PreTrainedModel:
     """
     torch.set_num_threads(config.numeric_threads)
     capability = torch.backends.cpu.get_cpu_capability()
-    if config.numeric_instructions == "avx2" and capability != "AVX2":
+    if config.device == "cpu" and config.numeric_instructions == "avx2" and capability != "AVX2":
         log.warning("PyTorch computes with %s instead of AVX2: the last digits differ from published ones", capability)
     folder = base_path(manifest)
     with _loading(folder, ANOTHER_BASE):

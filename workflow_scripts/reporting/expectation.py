@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
@@ -31,13 +31,14 @@ from workflow_scripts.files.records import ProvenanceError
 from workflow_scripts.policy.manifest import ADAPTER
 from workflow_scripts.reporting.wording import HEADS
 from workflow_scripts.running.mismatches import other_settings
-from workflow_scripts.running.provenance import read_sidecar, verify
+from workflow_scripts.running.provenance import read_sidecar, verify_chain
 
 EXPECTED = ROOT / "tests" / "expected"
 RUN, VERIFIED = "run.json", "verified.yaml"
 # Columns that tell the rows of a table apart.
 KEYS = {name: (*heads, "seed") for name, heads in HEADS.items()}
 KEYS |= {"comparisons": ("claim", "test_data", "against", "tie", "seed")}
+PROSE = "notes"  # column whose words are not compared
 KINDS = {"policies": "adapters", "rollouts": "rollouts", "scores": "scores"}
 
 Processor = dict[str, str]  # name, vendor and instructions, as sidecars record them
@@ -69,13 +70,14 @@ class Comparison(NamedTuple):
         published = f"the published table ({EXPECTED.relative_to(ROOT) / self.expectation.name})"
         if not self.cells:
             kinds = Counter(KINDS[name.split("/")[0]] for name in self.files)
-            counts = ", ".join(f"{kind} ({number})" for kind, number in kinds.items())
-            return f"equal to {published}" + (f", although other bytes in files of {counts}" if counts else "")
+            counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+            return f"equal to {published}" + (f", although files have other bytes: {counts}" if counts else "")
         first = self.cells[0]
+        expected, found = ("no such cell" if text is None else text or "an empty one" for text in first[3:])
         count = "1 cell differs" if len(self.cells) == 1 else f"{len(self.cells)} cells differ"
         return (
             f"{count} from {published}, the first in {first.table}.csv, {first.row}, "
-            f"{first.column}: expected {first.expected or 'nothing'}, found {first.found or 'nothing'}"
+            f"{first.column}: expected {expected}, found {found}"
         )
 
 
@@ -101,9 +103,22 @@ def expectation_of(c: Configuration) -> Path | None:
     """Folder of the expectation that belongs to a configuration, None where there is none."""
     if c.uses_own_data():
         return None
-    runs = EXPECTED.glob(f"*/{RUN}")
-    known = {json.loads(run.read_text(encoding="utf-8"))["settings"]: run.parent for run in runs}
+    known = {read_run(run.parent)["settings"]: run.parent for run in EXPECTED.glob(f"*/{RUN}")}
     return known.get(settings_digest(c))
+
+
+def read_run(expectation: Path) -> dict[str, Any]:
+    """Settings, processor and files of an expectation.
+
+    Raises:
+        ProvenanceError: run.json cannot be read.
+    """
+    path = expectation / RUN
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return {key: run[key] for key in ("settings", "processor", "files")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ProvenanceError(f"{path} is not what was committed ({error!r}); restore it with git checkout") from None
 
 
 def compared_files(c: Configuration) -> list[str]:
@@ -114,16 +129,20 @@ def compared_files(c: Configuration) -> list[str]:
 
 
 def check_made_with(c: Configuration, results: Path) -> None:
-    """Check that tables, adapters, rollouts and scores are as their stages wrote them, with these settings and code.
+    """Check that the tables and what they were made from are as their stages wrote them, with these settings and code.
 
     Raises:
-        ProvenanceError: one is missing, is not what its stage wrote, or was made with other settings or code.
+        ProvenanceError: a file is missing, is not what its stage wrote, was made from another file than the one that is
+            there now, or was made with other settings or code.
     """
+    chain: dict[Path, dict[str, Any]] = {}
     for name in ("table1.csv", *compared_files(c)):
-        if reasons := other_settings(c, verify(results / name)):
+        verify_chain(results / name, chain)
+    for path, sidecar in chain.items():
+        if reasons := other_settings(c, sidecar):
             raise ProvenanceError(
-                f"{results / name} is not a result of this configuration and code ({reasons[0]}); name the overlays "
-                "by --configfile, or run snakemake again"
+                f"{path} is not a result of this configuration and code ({reasons[0]}); give its changes by "
+                "--configfile and --config, or run snakemake again"
             )
 
 
@@ -147,14 +166,22 @@ def processors_of(results: Path, names: Collection[str]) -> list[Processor]:
 
 
 def cells(path: Path) -> dict[tuple[str, str], str]:
-    """Text of every cell of a table by row and column; the row is named by its key columns."""
-    keys = KEYS[path.stem]
-    with path.open(encoding="utf-8", newline="") as file:
-        return {
-            (" | ".join(row[key] for key in keys if row[key]), column): text
-            for row in csv.DictReader(file)
-            for column, text in row.items()
-        }
+    """Text of every cell of a table by row and column, without notes; the row is named by its key columns.
+
+    Raises:
+        ProvenanceError: it cannot be read, or two rows have the same keys.
+    """
+    found: dict[tuple[str, str], str] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file, restkey="more", strict=True):
+                name = " | ".join(row[key] for key in KEYS[path.stem] if row[key])
+                if (name, KEYS[path.stem][0]) in found:
+                    raise ValueError(f"two rows are {name}")
+                found |= {(name, column): str(text) for column, text in row.items() if column != PROSE}
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise ProvenanceError(f"{path} is not a table of this workflow ({error!r}); make it again") from None
+    return found
 
 
 def differing_cells(results: Path, expectation: Path) -> list[Difference]:
@@ -172,10 +199,9 @@ def compare(results: Path, expectation: Path) -> Comparison:
     """Compare a finished results folder with an expectation, the tables by their cells and the other files by bytes.
 
     Raises:
-        OSError: a table is missing.
-        ProvenanceError: another file has no sidecar.
+        ProvenanceError: a table cannot be read, or another file has no sidecar.
     """
-    expected = json.loads((expectation / RUN).read_text(encoding="utf-8"))["files"]
+    expected = read_run(expectation)["files"]
     actual = file_digests(results, expected)
     files = [name for name in expected if actual[name] != expected[name]]
     return Comparison(expectation, differing_cells(results, expectation), files, processors_of(results, expected))

@@ -7,7 +7,7 @@ from pathlib import Path
 from workflow_scripts.configuration.jobs import launcher, pins_instructions
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.files.paths import ROOT
-from workflow_scripts.running.arithmetic import VARIABLES, pinned
+from workflow_scripts.running.arithmetic import pinned
 
 
 def stage_environment(configuration: Configuration) -> dict[str, str]:
@@ -39,6 +39,7 @@ def start_of(configuration: Configuration, rule: str) -> str:
 
     CUDA and vLLM choose kernels by themselves, and what they do on the CPU need not be slower for it.
     """
-    command = launcher(configuration, rule)
-    exempt = "env " + " ".join(f"-u {name}" for name in VARIABLES)
-    return command if pins_instructions(configuration, rule) else f"{exempt} {command}"
+    command, pins = launcher(configuration, rule), pinned(configuration.numeric_instructions)
+    if not pins or pins_instructions(configuration, rule):
+        return command
+    return f"env {' '.join(f'-u {name}' for name in pins)} {command}"
