@@ -459,8 +459,10 @@ def test_defaults_that_the_canonical_json_omits_are_fixed() -> None:
         if field.exclude_if and field.default is not None
     }
     classes = (PointwiseTraining, PairwiseTraining)
-    assert all(training().reward_signal == "sampled" for training in classes)
-    trainings = {(training.__name__, key) for training in classes for key in ("vllm", "reward_signal")}
+    fixed = {"reward_signal": "sampled", "keep": "best", "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
+    assert all(training().model_dump(include=set(fixed)) == {} for training in classes)  # omitted at the default
+    assert all(getattr(training(), key) == value for training in classes for key, value in fixed.items())
+    trainings = {(training.__name__, key) for training in classes for key in ("vllm", *fixed)}
     assert stages.MakeTables.model_fields["policies"].default == ["zeroshot", "grpo"]
     assert Configuration().datasets.hpsv2.hub.test_only is Configuration().datasets.imagereward.hub.test_only is False
     models = {("ModelConfig", "attention"), ("ModelConfig", "image_processor")}
