@@ -187,13 +187,19 @@ def test_greedy_completions_are_those_of_generate(policies: Any, scenes: Any, tr
     assert len(lengths) > 1  # some end before others
 
 
-def test_a_completion_ends_with_its_end_token_or_has_all_tokens(policies: Any, scenes: Any) -> None:
+def first_question(policies: Any, scenes: Any) -> tuple[Any, Any]:
+    """Return the policy of ratings, and the processor's inputs for the first image."""
     policy = policies["imagereward"]
     prompt, pictures = scenes[0]
     text = policy.processor.apply_chat_template(
         messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
     )
     inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
+    return policy, inputs
+
+
+def test_a_completion_ends_with_its_end_token_or_has_all_tokens(policies: Any, scenes: Any) -> None:
+    policy, inputs = first_question(policies, scenes)
     torch.manual_seed(0)
     end = policy.tokenizer.eos_token_id
     found, *_ = sample_completions(policy.model, inputs, 40, Sampling(), 24, [end])
@@ -203,12 +209,7 @@ def test_a_completion_ends_with_its_end_token_or_has_all_tokens(policies: Any, s
 
 
 def test_tokens_that_must_not_be_sampled_are_not(policies: Any, scenes: Any) -> None:
-    policy = policies["imagereward"]
-    prompt, pictures = scenes[0]
-    text = policy.processor.apply_chat_template(
-        messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
-    )
-    inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
+    policy, inputs = first_question(policies, scenes)
     sampled, *_ = sample_completions(policy.model, inputs, 20, Sampling(), 1, [])
     (usual,) = {ids[0] for ids in sampled}
     others, logprobs, _ = sample_completions(policy.model, inputs, 20, Sampling(), 1, [], [usual])
@@ -221,12 +222,7 @@ def test_tokens_that_must_not_be_sampled_are_not(policies: Any, scenes: Any) -> 
 def test_sampled_tokens_have_the_log_probabilities_of_a_teacher_forced_pass(
     policies: Any, scenes: Any, sampling: Sampling
 ) -> None:
-    policy = policies["imagereward"]
-    prompt, pictures = scenes[0]
-    text = policy.processor.apply_chat_template(
-        messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
-    )
-    inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
+    policy, inputs = first_question(policies, scenes)
     asked = inputs["input_ids"]
     ends = [policy.tokenizer.eos_token_id]
     found, logprobs, unread = sample_completions(policy.model, inputs, 6, sampling, 24, ends)
@@ -274,12 +270,7 @@ def test_the_answer_is_read_before_its_first_token_that_is_no_white_space(
 
 
 def test_reading_answers_leaves_what_is_sampled_as_it_was(policies: Any, scenes: Any) -> None:
-    policy = policies["imagereward"]
-    prompt, pictures = scenes[0]
-    text = policy.processor.apply_chat_template(
-        messages(policy.template, prompt), add_generation_prompt=True, tokenize=False
-    )
-    inputs = policy.processor(text=[text], images=[list(pictures.values())[:1]], return_tensors="pt")
+    policy, inputs = first_question(policies, scenes)
     reader = AnswerReader(policy.tokenizer, policy.answer_token_ids, policy.model.device)
     found = []
     for chosen in (None, reader):

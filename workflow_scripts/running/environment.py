@@ -39,7 +39,7 @@ def start_of(configuration: Configuration, rule: str) -> str:
 
     CUDA and vLLM choose kernels by themselves, and what they do on the CPU need not be slower for it.
     """
-    command, pins = launcher(configuration, rule), pinned(configuration.numeric_instructions)
-    if not pins or pins_instructions(configuration, rule):
+    command = launcher(configuration, rule)
+    if pins_instructions(configuration, rule) or not (pins := pinned(configuration.numeric_instructions)):
         return command
     return f"env {' '.join(f'-u {name}' for name in pins)} {command}"
