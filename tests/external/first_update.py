@@ -92,6 +92,7 @@ def main() -> None:
         rollout_func=chosen,
         callbacks=[gradients := Gradients()],
         validate=lambda model, untrained: ({"eval_soft_pair_accuracy": 0.0}, []),
+        answer_of={},
     )
     trainer.add_callback(CheckWrapper(trainer, strategy if processes > 1 else None))
     before = adapter(base)

@@ -176,7 +176,8 @@ def test_greedy_completions_are_those_of_generate(policies: Any, scenes: Any, tr
     ]
     ends = [policy.tokenizer.eos_token_id]
     inputs = policy.processor(text=texts, images=[shown for _, shown in asked], padding=True, return_tensors="pt")
-    found, *_ = sample_completions(policy.model, inputs, 3, Sampling(temperature=0), 48, ends)
+    completions, _ = sample_completions(policy.model, inputs, 3, Sampling(temperature=0), 48, ends)
+    found = [completion.ids for completion in completions]
     assert len(found) == 3 * len(asked)
     lengths = set()
     for i, (text, (_, pictures)) in enumerate(zip(texts, asked, strict=True)):
@@ -202,7 +203,8 @@ def test_a_completion_ends_with_its_end_token_or_has_all_tokens(policies: Any, s
     policy, inputs = first_question(policies, scenes)
     torch.manual_seed(0)
     end = policy.tokenizer.eos_token_id
-    found, *_ = sample_completions(policy.model, inputs, 40, Sampling(), 24, [end])
+    completions, _ = sample_completions(policy.model, inputs, 40, Sampling(), 24, [end])
+    found = [completion.ids for completion in completions]
     assert {len(ids) for ids in found if ids[-1] != end} <= {24}
     assert all(end not in ids[:-1] for ids in found)
     assert any(ids[-1] == end for ids in found) and len({tuple(ids) for ids in found}) > 1
@@ -210,12 +212,12 @@ def test_a_completion_ends_with_its_end_token_or_has_all_tokens(policies: Any, s
 
 def test_tokens_that_must_not_be_sampled_are_not(policies: Any, scenes: Any) -> None:
     policy, inputs = first_question(policies, scenes)
-    sampled, *_ = sample_completions(policy.model, inputs, 20, Sampling(), 1, [])
-    (usual,) = {ids[0] for ids in sampled}
-    others, logprobs, _ = sample_completions(policy.model, inputs, 20, Sampling(), 1, [], [usual])
-    assert all(ids != [usual] for ids in others)
+    sampled, _ = sample_completions(policy.model, inputs, 20, Sampling(), 1, [])
+    (usual,) = {completion.ids[0] for completion in sampled}
+    others, logprobs = sample_completions(policy.model, inputs, 20, Sampling(), 1, [], [usual])
+    assert all(completion.ids != [usual] for completion in others)
     scored = Decoding(policy.model, inputs, 1).logits[0].log_softmax(-1)  # with that token, as TRL scores
-    assert torch.allclose(torch.tensor(logprobs)[:, 0], scored[[ids[0] for ids in others]], atol=1e-5)
+    assert torch.allclose(torch.tensor(logprobs)[:, 0], scored[[completion.ids[0] for completion in others]], atol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.7), Sampling(top_k=2, top_p=0.9)])
@@ -225,8 +227,9 @@ def test_sampled_tokens_have_the_log_probabilities_of_a_teacher_forced_pass(
     policy, inputs = first_question(policies, scenes)
     asked = inputs["input_ids"]
     ends = [policy.tokenizer.eos_token_id]
-    found, logprobs, unread = sample_completions(policy.model, inputs, 6, sampling, 24, ends)
-    assert unread == [[]] * 6
+    completions, logprobs = sample_completions(policy.model, inputs, 6, sampling, 24, ends)
+    found = [completion.ids for completion in completions]
+    assert not any(completion.answer_logprobs or completion.text for completion in completions)
     assert [len(ids) for ids in found] == [len(values) for values in logprobs]
     for ids, values in zip(found, logprobs, strict=True):
         whole = dict(inputs) | {"input_ids": torch.cat([asked, torch.tensor([ids])], 1)}
@@ -277,4 +280,6 @@ def test_reading_answers_leaves_what_is_sampled_as_it_was(policies: Any, scenes:
         torch.manual_seed(0)
         ends = [policy.tokenizer.eos_token_id]
         found.append(sample_completions(policy.model, inputs, 8, Sampling(), 32, ends, [], chosen))
-    assert found[0][:2] == found[1][:2] and found[0][2] == [[]] * 8 != found[1][2]
+    (plain, logprobs), (read, others) = found
+    assert [completion.ids for completion in plain] == [completion.ids for completion in read] and logprobs == others
+    assert not any(completion.answer_logprobs for completion in plain) and any(one.answer_logprobs for one in read)

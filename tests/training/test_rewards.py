@@ -3,12 +3,14 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workflow_scripts.policy.prompts import PREFERENCES, RATINGS, sampled_answer, well_formed
 from workflow_scripts.training.rewards import (
     REWARDS,
+    answer_advantage,
     approximate_reward,
     exact_reward,
     expected_reward,
@@ -196,6 +198,51 @@ def test_the_expected_reward_is_the_expectation_of_the_sampled_one(
     expectation = math.fsum(math.exp(x) * reward for x, reward in zip(logits, sampled, strict=True)) / total
     found = expected_reward(name, [x - math.log(total) for x in logits], target, answers)
     assert found == pytest.approx(expectation, rel=1e-9, abs=1e-15)
+
+
+def gradient_of_logits(p: list[float], answer: int) -> list[float]:
+    """∇ log p(answer) with respect to the logits."""
+    return [(place == answer) - chance for place, chance in enumerate(p)]
+
+
+@settings(deadline=None)
+@given(st.data(), st.sampled_from([RATINGS, PREFERENCES]), st.floats(0, 2), st.floats(0, 2))
+def test_the_answers_advantage_has_the_gradient_of_the_expected_reward_and_the_least_variance(
+    data: st.DataObject, answers: tuple[int, ...], exact: float, approximate: float
+) -> None:
+    """By sums over all answers: the gradient is that of Σ p(a) r(a), by autograd; other baselines vary more."""
+    target = data.draw(st.sampled_from(answers))
+    logits = torch.tensor([data.draw(st.floats(-4, 4)) for _ in answers], dtype=torch.double, requires_grad=True)
+    weights = {"format": 1.0, "exact": exact, "approximate": approximate}
+    pay = [
+        exact * exact_reward(said, target, answers) + approximate * approximate_reward(said, target, answers)
+        for said in (f"<think>a</think><answer>{answer}</answer>" for answer in answers)
+    ]
+    (logits.softmax(-1) * torch.tensor(pay, dtype=torch.double)).sum().backward()
+    p = logits.softmax(-1).tolist()
+    found = [answer_advantage(weights, logits.log_softmax(-1).tolist(), answer, target, answers) for answer in answers]
+    scores = torch.tensor([gradient_of_logits(p, place) for place in range(len(answers))], dtype=torch.double)
+    chances, advantages = torch.tensor(p, dtype=torch.double), torch.tensor(found, dtype=torch.double)[:, None]
+    mean = chances @ (advantages * scores)
+    assert logits.grad is not None
+    torch.testing.assert_close(mean, logits.grad, atol=1e-9, rtol=0)
+
+    def variance(shift: float) -> float:
+        """Of the gradient, with another baseline, which leaves the mean as it is."""
+        return float(chances @ ((advantages + shift) * scores - logits.grad).square().sum(1))
+
+    assert all(variance(0) <= variance(shift) + 1e-12 for shift in (-0.1, -1e-3, 1e-3, 0.1))
+    if answers == PREFERENCES:
+        assert variance(0) < 1e-12
+
+
+def test_the_answers_advantage_at_its_ends() -> None:
+    """A token that is no answer earns 0, less the baseline; a certain answer has nothing to learn."""
+    even = [math.log(0.5)] * 2
+    assert answer_advantage({"exact": 2.0, "format": 1.0}, even, 1, 1, PREFERENCES) == pytest.approx(1)
+    assert answer_advantage({"exact": 2.0, "format": 1.0}, even, 0, 1, PREFERENCES) == pytest.approx(-1)
+    assert answer_advantage({"exact": 2.0, "format": 1.0}, even, None, 1, PREFERENCES) == pytest.approx(-1)
+    assert answer_advantage({"exact": 1.0}, [0.0, -math.inf], 0, 0, PREFERENCES) == 0
 
 
 def test_trl_is_given_the_reward_of_what_was_asked_for() -> None:

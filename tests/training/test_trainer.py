@@ -23,6 +23,8 @@ from workflow_scripts.training.trainer import ValidatingTrainer
 from workflow_scripts.training.validation import Validation
 
 GROUP, TOKENS, STEPS = 4, 8, 2  # the bundled policy thinks for longer than that
+EXPECTED = {"reward_signal": "expected", "importance_sampling_level": "token", "scale_rewards": "none"}
+EXPECTED |= {"rewards": {"format": 0.1}}
 Output = dict[str, Any]
 
 
@@ -53,6 +55,7 @@ def trained(base_manifest: Path, scenes: Any, tmp_path: Path) -> Callable[..., t
             peft_config=lora_config(config.training.lora),
             rollout_func=lambda prompts, trainer: change(generate(prompts, trainer)),
             validate=lambda model, untrained: ({"eval_soft_pair_accuracy": 0.0}, [[1.0, 2.0]]),
+            answer_of={},
         )
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "reward" in entry]
@@ -96,10 +99,22 @@ def test_in_bfloat16_they_differ_by_rounding(trained: Callable[..., Any]) -> Non
 
 
 class Rewarded(ValidatingTrainer):
-    """A trainer that keeps what it rewards, and p(answer) in each completion by a plain pass of the policy."""
+    """A trainer that keeps what it rewards, p(answer) in each completion by a plain pass, and the advantages."""
 
     answer_ids: list[int]
     kept: list[list[tuple[int, str, list[float]]]]
+    credited: list[tuple[list[list[int]], list[list[float]]]]
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """Keep tokens and advantages of the completions of a step, without padding."""
+        outputs = super()._generate_and_score_completions(inputs)
+        masks = outputs["completion_mask"].bool()
+        parts = [
+            [values[mask].tolist() for values, mask in zip(outputs[name], masks, strict=True)]
+            for name in ("completion_ids", "advantages")
+        ]
+        self.credited.append((parts[0], parts[1]))
+        return outputs
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         """Keep target, text and p(answer) of the completions of a step."""
@@ -133,36 +148,65 @@ class Rewarded(ValidatingTrainer):
 
 
 @pytest.mark.parametrize("track", ["imagereward", "hpsv2"])
-def test_expected_rewards_reach_trl(base_manifest: Path, scenes: Any, tmp_path: Path, track: Track) -> None:
-    """In hot rollouts of 30 tokens, some of which end before their answer; the second step has an adapter."""
+def test_expected_rewards_reach_trl_and_credit_thought_and_answer(
+    base_manifest: Path, scenes: Any, tmp_path: Path, track: Track
+) -> None:
+    """In hot rollouts of 30 tokens, some of which end before their answer; the second step has an adapter.
+
+    Every token has the reward's difference to the mean of its group. The first token after `<answer>` has its own part:
+    what its answer earns, less a baseline that makes the part's mean over the answers' probabilities, weighted by the
+    squared norm of the score function, 0.
+    """
     images = {name: picture for _, pictures in scenes for name, picture in pictures.items()}
     rows = [{"prompt_id": f"p{i}", "prompt": text, "image_ids": list(shown)} for i, (text, shown) in enumerate(scenes)]
     rated = [(item, 1 + i % 7) for i, item in enumerate(pointwise_items(rows, set(images)))]
     compared = [(item, i % 2) for i, item in enumerate(anchor_items(rows, set(images), 0, False))]
     keys: dict[str, Any] = {"steps": STEPS, "group_size": GROUP, "prompts_per_step": 4, "gradient_accumulation": 2}
     keys |= {"warmup_steps": 0, "validate_every": STEPS, "max_completion_tokens": 30, "temperature": 1.5}
-    config = TrainGrpo.of(load({"training": {track: keys | {"reward_signal": "expected"}}}), track, 0)
+    config = TrainGrpo.of(load({"training": {track: keys | EXPECTED}}), track, 0)
     processor, model = load_processor(base_manifest, config.model), load_model(base_manifest, config.model)
     policy, unused = as_policy(model, processor, config.model), Any
     validation = Validation(config, policy, unused, [], as_in_training(1.5, 30), 0)  # type: ignore[arg-type]
     settings = grpo_config(config, tmp_path / "checkpoints", resumed=True)
     items = rated if track == "imagereward" else compared
     trainer = grpo_trainer(Rewarded, settings, items, in_memory(images), validation)
-    trainer.answer_ids, trainer.kept = policy.answer_token_ids, []
+    trainer.answer_ids, trainer.kept, trainer.credited = policy.answer_token_ids, [], []
     trainer.validate = lambda model, untrained: ({"eval_soft_pair_accuracy": 0.0}, [[1.0, 2.0]])
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
-    assert len(logged) == len(trainer.kept) == STEPS
+    assert len(logged) == len(trainer.kept) == len(trainer.credited) == STEPS
     credit = {"exact": [1.0], "approximate": [1, 0.75, 0.5]}
-    for entry, kept in zip(logged, trainer.kept, strict=True):
+    names = ["exact", "approximate"] if track == "imagereward" else ["exact"]
+    opening = policy.tokenizer.convert_tokens_to_ids("<answer>")
+    answer_of = dict(zip(policy.answer_token_ids, policy.answers, strict=True))
+    valid = 0
+
+    def earned(name: str, answer: int | None, target: int) -> float:
+        return 0.0 if answer is None else dict(enumerate(credit[name])).get(abs(answer - target), 0.0)
+
+    for entry, kept, (completions, advantages) in zip(logged, trainer.kept, trainer.credited, strict=True):
         assert len(kept) == 4 * GROUP and 0 < sum(any(p) for _, _, p in kept) < len(kept)
-        for name in ["exact", "approximate"] if track == "imagereward" else ["exact"]:
-            earned = [
-                probability * credit[name][abs(answer - target)]
+        rewards = torch.tensor([0.1 * REWARDS["format"](text, 0, policy.answers) for _, text, _ in kept])
+        assert entry["rewards/format/mean"] == pytest.approx(10 * rewards.mean().item())
+        for name in names:
+            each = [
+                sum(q * earned(name, a, target) for a, q in zip(policy.answers, p, strict=True))
                 for target, _, p in kept
-                for answer, probability in zip(policy.answers, p, strict=True)
-                if abs(answer - target) < len(credit[name])
             ]
-            assert entry[f"rewards/{name}/mean"] == pytest.approx(sum(earned) / len(kept), abs=1e-5), name
-        formed = [REWARDS["format"](text, 0, policy.answers) for _, text, _ in kept]
-        assert entry["rewards/format/mean"] == pytest.approx(sum(formed) / len(formed))
+            rewards += torch.tensor(each)
+            assert entry[f"rewards/{name}/mean"] == pytest.approx(sum(each) / len(each), abs=1e-5), name
+        shared = (rewards.view(-1, GROUP) - rewards.view(-1, GROUP).mean(1, keepdim=True)).flatten()
+        for (target, _, p), ids, found, of_all in zip(kept, completions, advantages, shared.tolist(), strict=True):
+            place = ids.index(opening) + 1 if opening in ids[:-1] else None
+            assert [x for i, x in enumerate(found) if i != place] == pytest.approx(
+                [of_all] * (len(ids) - bool(place)), abs=1e-4
+            )
+            if place is not None:
+                pay = [sum(earned(name, a, target) for name in names) for a in policy.answers]
+                weights = [q * (1 - 2 * q + sum(other**2 for other in p)) for q in p]
+                baseline = sum(w * r for w, r in zip(weights, pay, strict=True)) / sum(weights)
+                sampled = answer_of.get(ids[place])
+                valid += sampled is not None
+                own = (0.0 if sampled is None else pay[policy.answers.index(sampled)]) - baseline
+                assert found[place] == pytest.approx(of_all + own, abs=2e-3)
+    assert valid > 2

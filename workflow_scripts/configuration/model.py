@@ -383,7 +383,7 @@ class Training(Section):
     # Omitted from the canonical JSON at the default, to keep old digests.
     reward_signal: Literal["sampled", "expected"] = Field("sampled", exclude_if=lambda signal: signal == "sampled")
     """Rewards `exact` and `approximate` of the sampled answer, or their expectation over the distribution of answers,
-    which needs generation: transformers."""
+    whose gradient reaches thought and answer each by its own; see docs/method.md."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divisor of the advantage: standard deviation sigma of the group (paper §2.2.1), of the batch, or none."""
     importance_sampling_level: Literal["token", "sequence"] = "sequence"
@@ -432,6 +432,13 @@ class Training(Section):
             raise ValueError("validate_every must be a multiple of num_iterations, or a resumed run differs")
         if (self.prompts_per_step * self.group_size) % self.gradient_accumulation:
             raise ValueError("gradient_accumulation must divide prompts_per_step * group_size")
+        if self.reward_signal == "expected":
+            for key, wanted in {"importance_sampling_level": "token", "scale_rewards": "none"}.items():
+                if (found := getattr(self, key)) != wanted:
+                    raise ValueError(
+                        "reward_signal expected gives the token of the answer an advantage of its own, which needs "
+                        f"{key} {wanted}; it is {found}"
+                    )
         return self
 
 

@@ -162,16 +162,15 @@ def sample_completions(
     end_ids: Collection[int],
     never: Sequence[int] = (),
     reader: AnswerReader | None = None,
-) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
+) -> tuple[list[Completion], list[list[float]]]:
     """Sample `rollouts` completions of each prompt, up to and including an end token, of at most `max_tokens` tokens.
 
     Tokens in `never` are not sampled. Random numbers come from torch's default generator.
 
     Returns:
-        The tokens of each completion; the log-probability of each of them in softmax(logits / temperature) over the
-        whole vocabulary, as TRL scores it: without top-k and top-p, and with the tokens in `never`; and the
-        log-probability of each answer that `reader` read in each completion. That list is empty for a completion that
-        opens no answer; without a reader, no token is decoded to text, and all are empty.
+        The completions, and the log-probability of each of their tokens in softmax(logits / temperature) over the
+        whole vocabulary, as TRL scores it: without top-k and top-p, and with the tokens in `never`. `reader` fills in
+        the answers' log-probabilities; without it, no token is decoded to text.
     """
     decoding = Decoding(model, inputs, rollouts)
     warpers = warpers_of(sampling)
@@ -194,5 +193,4 @@ def sample_completions(
         keep = compaction_order(keep)
         alive = [alive[j] for j in keep]
         decoding.step(keep, [tokens[j] for j in keep])
-    ids = [completion.ids for completion in completions]
-    return ids, logprobs, [completion.answer_logprobs for completion in completions]
+    return completions, logprobs

@@ -52,6 +52,7 @@ def grpo_trainer(
         peft_config=lora_config(t.lora),
         rollout_func=rollout,
         validate=validation,
+        answer_of=dict(zip(policy.answer_token_ids, policy.answers, strict=True)),
         **options,
     )
     trainer.add_callback(CheckWrapper(trainer, strategy_of(config)))

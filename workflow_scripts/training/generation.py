@@ -41,7 +41,8 @@ def engine_generates(config: TrainGrpo) -> bool:
 def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) -> Callable[..., dict[str, Any]]:
     """TRL's `rollout_func`: prefills each prompt once for its group, and drops completions that have ended.
 
-    With `reward_signal: expected` it also returns `answer_logprobs`, which TRL passes to the rewards by this name.
+    With `reward_signal: expected` it also returns `answer_logprobs` and `answer_position` (-1: no answer), which TRL
+    adds to the inputs and passes to the rewards by these names.
     """
     expected, tokenizer = config.training.reward_signal == "expected", processor.tokenizer
     answer_ids = answer_token_ids(tokenizer, ANSWERS[config.model.protocol])
@@ -64,7 +65,7 @@ def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) ->
         model.eval()
         reader = AnswerReader(tokenizer, answer_ids, model.device) if expected else None
         with adapter_merged(model, config.model.dtype):
-            completions, logprobs, answer_logprobs = sample_completions(
+            completions, logprobs = sample_completions(
                 model,
                 inputs.to(model.device),
                 group_size,
@@ -79,8 +80,16 @@ def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) ->
             ids[mask == 1].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
         prompt_ids = [ids for ids in unpadded for _ in range(group_size)]
-        returned = {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": logprobs}
-        return returned | {"answer_logprobs": answer_logprobs} if expected else returned
+        ids = [completion.ids for completion in completions]
+        returned = {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": logprobs}
+        if not expected:
+            return returned
+        return returned | {
+            "answer_logprobs": [completion.answer_logprobs for completion in completions],
+            "answer_position": [
+                -1 if completion.answer_position is None else completion.answer_position for completion in completions
+            ],
+        }
 
     return rollout
 

@@ -1,7 +1,7 @@
 """Rewards of GRPO training as pure functions of one completion (paper §4), or of its distribution over the answers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from workflow_scripts.policy.prompts import sampled_answer, well_formed
@@ -41,6 +41,37 @@ def expected_reward(name: str, answer_logprobs: Sequence[float], target: int, an
     if not answer_logprobs:
         return 0.0
     return sum(math.exp(p) * _credit(name, a, target) for p, a in zip(answer_logprobs, answers, strict=True))
+
+
+def answer_advantage(
+    weights: Mapping[str, float],
+    answer_logprobs: Sequence[float],
+    answer: int | None,
+    target: int,
+    answers: tuple[int, ...],
+) -> float:
+    """Advantage of the sampled answer, r(a) - b, whose mean gradient is that of the expected reward, Σ p(a) r(a).
+
+    The baseline b = Σ p(a) w(a) r(a) / Σ p(a) w(a) has the least variance of the gradient with respect to the answers'
+    logits; w(a) = 1 - 2 p(a) + Σ p² is the squared norm of ∇ log p(a) there. Between two answers none is left.
+
+    Args:
+        weights: weight of each reward, by name.
+        answer_logprobs: log p of each answer.
+        answer: sampled one; None for a token that is no answer, which earns 0.
+        target: answer of the annotator.
+        answers: valid answers.
+    """
+    rewards = [
+        sum(weight * _credit(name, a, target) for name, weight in weights.items() if name in CREDIT) for a in answers
+    ]
+    p = [math.exp(logprob) for logprob in answer_logprobs]
+    squares = math.fsum(chance * chance for chance in p)
+    norms = [chance * (1 - 2 * chance + squares) for chance in p]
+    if not (total := math.fsum(norms)):
+        return 0.0  # a certain answer, which has no gradient
+    baseline = math.fsum(norm * reward for norm, reward in zip(norms, rewards, strict=True)) / total
+    return (0.0 if answer is None else rewards[answers.index(answer)]) - baseline
 
 
 REWARDS = {"format": format_reward, "exact": exact_reward, "approximate": approximate_reward}

@@ -1,6 +1,6 @@
 """TRL's GRPO trainer with a validation of its own, and the callbacks of a training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl
 from trl import GRPOTrainer
 
 from workflow_scripts.training.checkpoints import step_of
+from workflow_scripts.training.rewards import answer_advantage
 from workflow_scripts.training.settings import DIFFERENCE, ProcessesError
 from workflow_scripts.training.validation import Credit
 from workflow_scripts.training.vllm_generation import VllmTrainer
@@ -31,16 +32,22 @@ class ValidatingTrainer(VllmTrainer):
     """Step of the checkpoint from which the training goes on."""
 
     def __init__(
-        self, *, validate: Callable[[Any, Credit | None], tuple[dict[str, float], Credit]], **options: Any
+        self,
+        *,
+        validate: Callable[[Any, Credit | None], tuple[dict[str, float], Credit]],
+        answer_of: Mapping[int, int],
+        **options: Any,
     ) -> None:
         """Make the trainer.
 
         Args:
             validate: returns the metrics of a model and the credit of the prompts, given that of the untrained policy.
+            answer_of: answer by token, in ascending order of the answers.
             options: those of `GRPOTrainer`.
         """
         super().__init__(**options)
         self.validate = validate
+        self.answer_of = answer_of
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """Train, from a checkpoint on if one is named."""
@@ -62,6 +69,25 @@ class ValidatingTrainer(VllmTrainer):
         model.train(training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollouts; where distributions of answers were recorded, with answer tokens credited for themselves.
+
+        TRL takes advantages of shape (completions, tokens) from subclasses.
+        """
+        outputs: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if "answer_position" in inputs[0]:
+            ids, answers = outputs["completion_ids"], tuple(self.answer_of.values())
+            weights = dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
+            advantages = outputs["advantages"][:, None].repeat(1, ids.shape[1])
+            for row, item in enumerate(inputs):
+                if 0 <= (position := item["answer_position"]) < ids.shape[1]:
+                    answer = self.answer_of.get(ids[row, position].item())
+                    advantages[row, position] += answer_advantage(
+                        weights, item["answer_logprobs"], answer, item["target"], answers
+                    )
+            outputs["advantages"] = advantages
+        return outputs
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **options: Any) -> Any:
         scored = super()._get_per_token_logps_and_entropies(*args, **options)
