@@ -32,6 +32,7 @@ from workflow_scripts.training.trainer import ValidatingTrainer
 # What vLLM is told, all of it other than the default.
 TRAINING_VLLM = {"gpu_memory_utilization": 0.4, "max_model_len": 512, "server_url": "http://127.0.0.1:9"}
 ROLLOUTS_VLLM = {"gpu_memory_utilization": 0.5, "max_model_len": 512, "enforce_eager": True, "cpu_cache_gigabytes": 2}
+EXPECTED = {"reward_signal": "expected", "importance_sampling_level": "token", "scale_rewards": "none"}
 
 
 def training(**keys: Any) -> Any:
@@ -115,7 +116,7 @@ def test_generation_by_vllm_is_refused_where_it_would_be_wrong(
 @pytest.mark.parametrize("generation", ["trl", "vllm_colocate", "vllm_server"])
 def test_expected_rewards_are_refused_where_no_distribution_is_recorded(generation: str) -> None:
     gpu = {"policy": {"device": "cuda", "dtype": "bfloat16"}}
-    track = {"generation": generation, "reward_signal": "expected"}
+    track = {"generation": generation} | EXPECTED
     message = (
         rf"training\.hpsv2\.reward_signal expected .* training\.hpsv2\.generation {generation} does not record; set it "
         "to transformers, or reward_signal to sampled"
@@ -127,15 +128,22 @@ def test_expected_rewards_are_refused_where_no_distribution_is_recorded(generati
 
 
 def test_a_training_on_sampled_answers_has_the_configuration_of_old() -> None:
-    plain, expected = (TrainGrpo.of(training(reward_signal=signal), "hpsv2", 0) for signal in ("sampled", "expected"))
+    plain, expected = (TrainGrpo.of(training(**keys), "hpsv2", 0) for keys in ({}, EXPECTED))
     assert "reward_signal" not in plain.canonical()
     for config in (plain, expected):
         assert TrainGrpo.model_validate_json(config.canonical()) == config
     assert plain != expected
 
 
+@pytest.mark.parametrize(("key", "value"), [("importance_sampling_level", "sequence"), ("scale_rewards", "batch")])
+def test_expected_rewards_are_refused_where_the_answer_has_no_advantage_of_its_own(key: str, value: str) -> None:
+    wanted = f"training.hpsv2: reward_signal expected .* needs {key} {EXPECTED[key]}; it is {value}"
+    with pytest.raises(ConfigurationError, match=wanted):
+        load({"training": {"hpsv2": EXPECTED | {key: value}}})
+
+
 def test_expected_rewards_are_refused_with_fsdp_where_trls_loop_generates() -> None:
-    keys = {"policy": {"device": "cuda"}, "training": {"hpsv2": {"reward_signal": "expected"}}}
+    keys = {"policy": {"device": "cuda"}, "training": {"hpsv2": EXPECTED}}
     for strategy in ("ddp", "deepspeed"):
         c = load(keys | {"distributed": {"processes": 2, "strategy": strategy}})
         assert engine_generates(TrainGrpo.of(c, "hpsv2", 0))

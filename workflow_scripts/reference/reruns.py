@@ -43,6 +43,11 @@ CHOSEN: dict[str, Any] = {
     "policy.image_processor": {"do_normalize": False},
     **{f"training.{track}.epochs": 1.0 for track in ("imagereward", "hpsv2", "own")},
 }
+# What other keys of its section must be where a key of training has another value.
+NEEDED: dict[str, dict[str, Any]] = {
+    "epochs": {"steps": None},
+    "reward_signal": {"importance_sampling_level": "token", "scale_rewards": "none"},
+}
 # Configurations that between them use every rule.
 SOURCES: list[dict[str, Any]] = [
     {},
@@ -136,9 +141,12 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def changing(key: str, value: Any) -> dict[str, Any]:
-    """Overlay with another value of a key; `epochs` take the place of `steps`."""
-    steps = nested(key.replace(".epochs", ".steps"), None) if key.endswith(".epochs") else {}
-    return dict(merge(steps, nested(key, value)))
+    """Overlay with another value of a key, and with those of other keys that it needs."""
+    section, _, name = key.rpartition(".")
+    overlay = nested(key, value)
+    for other, needed in NEEDED.get(name, {}).items():
+        overlay = dict(merge(overlay, nested(f"{section}.{other}", needed)))
+    return overlay
 
 
 def candidates(annotation: Any, value: Any) -> Iterator[Any]:
