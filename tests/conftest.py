@@ -21,6 +21,7 @@ from workflow_scripts.files.writing import write_json
 from workflow_scripts.policy.manifest import model_files
 from workflow_scripts.preferences.schema import SUBSET, write_images, write_preferences
 from workflow_scripts.preferences.synthetic_scenes import HUMAN, draw, sample_prompt, sample_scene
+from workflow_scripts.running.arithmetic import pinned
 from workflow_scripts.running.provenance import sidecar_path
 
 # Tests see only these variables of the user's environment, and a home of their own: no setting of MLflow, the Hub,
@@ -32,6 +33,7 @@ for name in [name for name in os.environ if name not in KEPT and not name.starts
 os.environ |= {"HOME": HOME.name, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
 os.environ |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= pinned("avx2")  # before torch is loaded: what a test computes here has the bytes of a job's result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

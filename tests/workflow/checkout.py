@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from workflow_scripts.files.paths import ROOT
+from workflow_scripts.running.arithmetic import VARIABLES
 
 NOT_COPIED = (".git", ".venv*", ".*_cache", ".hypothesis", ".snakemake", "__pycache__", "*.egg-info")
 MADE = ("results", "mlflow.db*", "mlruns", "mlartifacts")
@@ -95,5 +96,5 @@ class Workflow:
 
 
 def environment() -> dict[str, str]:
-    """Environment of a fresh shell: no package of this process's, the tracking store of the configuration."""
-    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
+    """Environment of a fresh shell: no package and no instruction set of this process's, the configured store."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MLFLOW_TRACKING_URI", *VARIABLES)}
