@@ -137,7 +137,7 @@ def test_a_training_on_sampled_answers_has_the_configuration_of_old() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("importance_sampling_level", "sequence"), ("scale_rewards", "batch")])
 def test_expected_rewards_are_refused_where_the_answer_has_no_advantage_of_its_own(key: str, value: str) -> None:
-    wanted = f"training.hpsv2: reward_signal expected .* needs {key} {EXPECTED[key]}; it is {value}"
+    wanted = f"training.hpsv2: reward_signal expected .* needs {key} {EXPECTED[key]}; it is {value}: set it so, or "
     with pytest.raises(ConfigurationError, match=wanted):
         load({"training": {"hpsv2": EXPECTED | {key: value}}})
 

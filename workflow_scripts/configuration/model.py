@@ -437,7 +437,7 @@ class Training(Section):
                 if (found := getattr(self, key)) != wanted:
                     raise ValueError(
                         "reward_signal expected gives the token of the answer an advantage of its own, which needs "
-                        f"{key} {wanted}; it is {found}"
+                        f"{key} {wanted}; it is {found}: set it so, or reward_signal to sampled"
                     )
         return self
 

@@ -22,7 +22,7 @@ import snakemake.cli
 import yaml
 
 from workflow_scripts.configuration.model import Configuration, ConfigurationError
-from workflow_scripts.configuration.overlays import merge, read_configuration
+from workflow_scripts.configuration.overlays import read_configuration
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.reference.configuration import leaves
 from workflow_scripts.running.code_digest import PACKAGE, module_closure
@@ -143,10 +143,8 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def changing(key: str, value: Any) -> dict[str, Any]:
     """Overlay with another value of a key, and with those of other keys that it needs."""
     section, _, name = key.rpartition(".")
-    overlay = nested(key, value)
-    for other, needed in NEEDED.get(name, {}).items():
-        overlay = dict(merge(overlay, nested(f"{section}.{other}", needed)))
-    return overlay
+    values = {name: value} | NEEDED.get(name, {})
+    return nested(section, values) if section else values
 
 
 def candidates(annotation: Any, value: Any) -> Iterator[Any]:

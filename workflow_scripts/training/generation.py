@@ -41,7 +41,7 @@ def engine_generates(config: TrainGrpo) -> bool:
 def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) -> Callable[..., dict[str, Any]]:
     """TRL's `rollout_func`: prefills each prompt once for its group, and drops completions that have ended.
 
-    With `reward_signal: expected` it also returns `answer_logprobs` and `answer_position` (-1: no answer), which TRL
+    With `reward_signal: expected` it also returns `answer_logprobs` and `answer_position` (None: no answer), which TRL
     adds to the inputs and passes to the rewards by these names.
     """
     expected, tokenizer = config.training.reward_signal == "expected", processor.tokenizer
@@ -86,9 +86,7 @@ def engine_completions(config: TrainGrpo, processor: Any, sampling: Sampling) ->
             return returned
         return returned | {
             "answer_logprobs": [completion.answer_logprobs for completion in completions],
-            "answer_position": [
-                -1 if completion.answer_position is None else completion.answer_position for completion in completions
-            ],
+            "answer_position": [completion.answer_position for completion in completions],
         }
 
     return rollout

@@ -81,7 +81,7 @@ class ValidatingTrainer(VllmTrainer):
             weights = dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
             advantages = outputs["advantages"][:, None].repeat(1, ids.shape[1])
             for row, item in enumerate(inputs):
-                if 0 <= (position := item["answer_position"]) < ids.shape[1]:
+                if (position := item["answer_position"]) is not None:
                     answer = self.answer_of.get(ids[row, position].item())
                     advantages[row, position] += answer_advantage(
                         weights, item["answer_logprobs"], answer, item["target"], answers
