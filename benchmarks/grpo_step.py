@@ -37,7 +37,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "shared prompts": {"generation": "trl"},
     "both": {},
 }
-LARGER = {"prompts_per_step": 2, "group_size": 4}
+BUNDLED, LARGER = {"prompts_per_step": 32, "group_size": 4}, {"prompts_per_step": 2, "group_size": 4}
 STEPS = {"bundled": 5, "larger": 2}  # per training; the first warms up
 
 
@@ -56,7 +56,8 @@ class Case(NamedTuple):
         }
         used = {"validation_prompts": 1, "test_prompts": 4}
         steps, larger = STEPS[self.policy], self.policy == "larger"
-        trained = {"steps": steps, "validate_every": steps, "warmup_steps": 0} | (LARGER if larger else {})
+        trained = {"steps": steps, "validate_every": steps, "warmup_steps": 0} | (LARGER if larger else BUNDLED)
+        trained |= {"reward_signal": "sampled"}  # TRL's loop generates for no other
         return {
             "results": str(self.folder),
             "downloads": str(self.folder / "downloads"),

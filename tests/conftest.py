@@ -218,6 +218,11 @@ def finished(tmp_path: Path, with_sidecar: Any) -> tuple[Any, Path]:
         record |= {"started": "2025-01-01T00:00:00+00:00", "seconds": 1.0, "peak_memory_megabytes": 1}
         with_sidecar(path, *others, **record)
 
+    history = [
+        {"step": 0, "eval_soft_pair_accuracy": 0.61, "eval_soft_pair_accuracy_se": 0.02},
+        *({"step": step, "kl": kl, "grad_norm": norm} for step, kl, norm in ((1, 0.01, 0.3), (2, 0.004, 0.1))),
+        {"step": 2, "eval_soft_pair_accuracy": 0.64, "eval_soft_pair_accuracy_se": 0.03},
+    ]
     results = tmp_path / "finished"
     c = read_configuration([ROOT / "configs/test.yaml"], {"results": str(results)})
     for name in compared_files(c):
@@ -225,7 +230,9 @@ def finished(tmp_path: Path, with_sidecar: Any) -> tuple[Any, Path]:
         (results / name).write_text(f"content of {name}")
         kind, track, *instance = Path(name).with_suffix("").parts
         if kind == "policies":
-            write(TrainGrpo.of(c, track, 0), results / name)  # type: ignore[arg-type]
+            record = results / name.replace("adapter_model.safetensors", "training.json")
+            record.write_text(json.dumps({"history": history}))
+            write(TrainGrpo.of(c, track, 0), results / name, record)  # type: ignore[arg-type]
         else:
             case: Any = (track, instance[0], instance[2], 0)
             block = [int(number) for number in instance[3].split("-")] if kind == "rollouts" else []

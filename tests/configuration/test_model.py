@@ -285,7 +285,7 @@ def test_overlays_are_valid_and_have_folders_of_their_own(path: Path) -> None:
 @pytest.mark.parametrize(
     ("below", "over", "steps", "epochs"),
     [
-        ({}, {}, 80, None),
+        ({}, {}, 100, None),
         ({}, {"epochs": 2}, None, 2),
         ({}, {"epochs": "0.5"}, None, 0.5),
         ({}, {"steps": 5}, 5, None),
@@ -431,9 +431,10 @@ def test_own_data_are_trained_on_by_their_protocol() -> None:
     one = load({"training": {"own": {"rewards": {"exact": 2}, "steps": 7}}})
     two = load({"datasets": {"own": {"protocol": "pairwise"}}, "training": {"own": {"rewards": {"exact": 2}}}})
     rated, compared = (stages.TrainGrpo.of(c, "own", 0) for c in (one, two))
-    assert (rated.model.protocol, dict(rated.training.rewards)) == ("pointwise", dict(format=1, exact=2, approximate=1))
-    assert (compared.model.protocol, dict(compared.training.rewards)) == ("pairwise", dict(format=1, exact=2))
-    assert (rated.training.steps, compared.training.steps) == (7, 100)
+    weights = {"format": 0.1, "exact": 2}
+    assert (rated.model.protocol, dict(rated.training.rewards)) == ("pointwise", weights | {"approximate": 2})
+    assert (compared.model.protocol, dict(compared.training.rewards)) == ("pairwise", weights)
+    assert (rated.training.steps, compared.training.steps) == (7, 80)
     for c, protocol in ((one, "pointwise"), (two, "pairwise")):
         assert stages.MeasureAccuracy.of(c, "own", "grpo", "imagereward", 0).protocol == protocol
         assert stages.MeasureAccuracy.of(c, "hpsv2", "grpo", "own", 0).protocol == "pairwise"
@@ -459,7 +460,7 @@ def test_defaults_that_the_canonical_json_omits_are_fixed() -> None:
         if field.exclude_if and field.default is not None
     }
     classes = (PointwiseTraining, PairwiseTraining)
-    fixed = {"reward_signal": "sampled", "keep": "best", "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
+    fixed = {"weight_decay": 0.0, "adam_beta1": 0.9}
     assert all(training().model_dump(include=set(fixed)) == {} for training in classes)  # omitted at the default
     assert all(getattr(training(), key) == value for training in classes for key, value in fixed.items())
     trainings = {(training.__name__, key) for training in classes for key in ("vllm", *fixed)}

@@ -252,7 +252,9 @@ def test_fsdp_and_deepspeed_reach_the_trainer() -> None:
     """Their settings only: both need GPUs to be run."""
 
     def settings(strategy: str) -> dict[str, Any]:
-        c = load({"policy": {"device": "cuda"}, "distributed": {"processes": 2, "strategy": strategy}})
+        training = {track: {"reward_signal": "sampled"} for track in ("imagereward", "hpsv2")}
+        shared = {"distributed": {"processes": 2, "strategy": strategy}}
+        c = load({"policy": {"device": "cuda"}, "training": training} | shared)
         return distributed_settings(TrainGrpo.of(c, "hpsv2", 0))
 
     assert settings("fsdp")["fsdp"] is True and settings("fsdp")["fsdp_config"]["version"] == 2

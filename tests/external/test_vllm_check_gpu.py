@@ -44,6 +44,7 @@ print(markdown(report))
 
 def test_every_phase_is_measured_by_vllm(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"prompts_per_step": 2, "group_size": 4, "max_completion_tokens": 24, "steps": 50}
+    sizes |= {"reward_signal": "sampled"}
     told = {"gpu_memory_utilization": 0.05, "max_model_len": 512}  # of the main memory
     keys = {
         "tracks": ["hpsv2"],
@@ -77,7 +78,8 @@ def test_every_phase_is_measured_by_vllm(tmp_path: Path) -> None:
 
 
 def test_a_server_is_not_measured() -> None:
-    c, told = without_vllm(load({"training": {"hpsv2": {"generation": "vllm_server"}}, "policy": {"device": "cuda"}}))
+    training = {"hpsv2": {"generation": "vllm_server", "reward_signal": "sampled"}}
+    c, told = without_vllm(load({"training": training, "policy": {"device": "cuda"}}))
     assert c.training.hpsv2.generation == "transformers"
     assert told == [
         "training.hpsv2.generation is vLLM: transformers was measured and planned in its place "

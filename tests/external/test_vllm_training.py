@@ -156,7 +156,7 @@ def test_a_training_step_with_colocated_vllm(
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)  # TRL has set it in this process
     sizes = {"steps": 1, "prompts_per_step": 2, "group_size": 4, "gradient_accumulation": 2, "validate_every": 1}
     told = {"gpu_memory_utilization": 0.05, "max_model_len": 512}  # of the main memory
-    training = sizes | {"generation": "vllm_colocate", "vllm": told, "warmup_steps": 0}
+    training = sizes | {"generation": "vllm_colocate", "vllm": told, "warmup_steps": 0, "reward_signal": "sampled"}
     keys = {"policy": {"dtype": "bfloat16", "device": "cuda"}, "training": {"imagereward": training}}
     config = TrainGrpo.of(load(keys), "imagereward", 0)
     config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})

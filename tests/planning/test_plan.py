@@ -344,7 +344,8 @@ def test_the_engine_s_loop_and_shared_prompts_cost_less_than_trl_alone() -> None
             .costs
         )
 
-    ours, plain = training(), training(generation="trl", share_prompts=False)
+    ours = training(reward_signal="sampled")
+    plain = training(reward_signal="sampled", generation="trl", share_prompts=False)
     for part in ("generation", "reference", "update"):
         assert ours[part].flops < 0.6 * plain[part].flops, part
     assert ours["validation"] == plain["validation"]

@@ -18,6 +18,7 @@ from workflow_scripts.preflight.run import check, device_named
 
 SMALL: dict[str, Any] = {
     "tracks": ["hpsv2"],
+    "datasets": {"hpsv2": {"validation_prompts": 200}},
     "training": {
         "hpsv2": {
             "prompts_per_step": 2,
@@ -161,7 +162,8 @@ def test_a_process_measures_its_share(tmp_path: Path) -> None:
 
 
 def test_vllm_is_replaced_where_it_is_missing() -> None:
-    raw = {"tracks": ["hpsv2"], "training": {"hpsv2": {"generation": "vllm_colocate"}}}
+    training = {"hpsv2": {"generation": "vllm_colocate", "reward_signal": "sampled"}}
+    raw = {"tracks": ["hpsv2"], "training": training}
     policy = {"device": "cuda", "dtype": "bfloat16"}
     c, told = without_vllm(load(raw | {"vllm_python": "python", "policy": policy}))
     assert c.training.hpsv2.generation == c.rollouts.engine == "transformers"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from workflow_scripts.configuration.model import Configuration
@@ -23,7 +24,7 @@ def test_tables_and_digests_are_those_of_the_run(finished: Finished, tmp_path: P
     folder = tmp_path / "new" / "expected"
     write_expectation(configuration, results, folder)
     tables = ["comparisons.csv", "table1.csv", "table2.csv"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*tables, "run.json"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*tables, "trainings.csv", "run.json"])
     assert all((folder / name).read_bytes() == (results / name).read_bytes() for name in tables)
     run = json.loads((folder / "run.json").read_text())
     assert run["processor"] == {"name": "zen3", "vendor": "AuthenticAMD", "instructions": "avx2"}
@@ -31,6 +32,23 @@ def test_tables_and_digests_are_those_of_the_run(finished: Finished, tmp_path: P
     digests = {str(path.relative_to(results)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     assert run["files"] == digests
     assert {name.split("/")[0] for name in digests} == {"policies", "rollouts", "scores"}
+
+
+def test_a_training_is_told_by_its_validations_its_divergence_and_its_gradients(
+    finished: Finished, tmp_path: Path
+) -> None:
+    configuration, results = finished
+    write_expectation(configuration, results, tmp_path / "expected")
+    trainings = pd.read_csv(tmp_path / "expected/trainings.csv").set_index("track")
+    assert trainings.index.tolist() == ["imagereward", "hpsv2"] and trainings["seed"].tolist() == [0, 0]
+    for track, row in trainings.iterrows():
+        history = json.loads((results / f"policies/{track}/seed0/training.json").read_text())["history"]
+        steps = pd.DataFrame(history).groupby("step").first()
+        assert row["largest_kl"] == steps["kl"].max() and row["largest_gradient"] == steps["grad_norm"].max()
+        assert row["median_gradient"] == steps["grad_norm"].median()
+        for step in (0, 2):
+            assert row[f"validation@{step}"] == steps.loc[step, "eval_soft_pair_accuracy"]
+            assert row[f"validation@{step}_se"] == steps.loc[step, "eval_soft_pair_accuracy_se"]
 
 
 def test_a_run_on_two_processors_is_refused(finished: Finished, tmp_path: Path) -> None:

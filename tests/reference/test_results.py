@@ -84,6 +84,19 @@ def test_claims_that_fail_are_listed_and_the_others_counted(seeds: Path) -> None
     assert results.failing_claims(seeds) == "With ties counted as wrong or as half, 24 of 24 rows hold."
 
 
+def test_trainings_are_shown_by_what_makes_them_stable(tmp_path: Path) -> None:
+    (tmp_path / "trainings.csv").write_text(
+        "track,seed,largest_kl,median_gradient,largest_gradient,"
+        "validation@0,validation@0_se,validation@40,validation@40_se,validation@50,validation@50_se\n"
+        "hpsv2,1,0.0214,0.005,0.0212,0.6211,0.0104,,,0.6553,0.0099\n"
+    )
+    (row,) = parsed(results.trainings(tmp_path)).to_dict("records")
+    assert row == {
+        **{"": "pairs", "seed": "1", "validation (step)": "62.1 ± 1.0 (0), 65.5 ± 1.0 (50)"},
+        **{"largest KL": "0.021", "median gradient": "0.0050", "largest gradient": "0.0212, 4.2 ×"},
+    }
+
+
 def test_every_part_is_in_one_page_and_only_parts_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pages = [(results.ROOT / page).read_text(encoding="utf-8") for page in PAGES]
     for name in PARTS:

@@ -490,7 +490,7 @@ def test_the_adapter_that_is_kept_validates_best_or_is_the_last(
             found[1],
         ),
     )
-    (best, first), (last, second) = train("best", steps=2), train("last", steps=2, keep="last")
+    (best, first), (last, second) = train("best", steps=2, keep="best"), train("last", steps=2, keep="last")
     assert (best["kept_step"], best["kept_soft_pair_accuracy"]) == (1, 0.9)
     assert (last["kept_step"], last["kept_soft_pair_accuracy"]) == (2, 0.6)
     assert first == train("shorter", steps=1)[1] != second

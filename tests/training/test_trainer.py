@@ -23,8 +23,6 @@ from workflow_scripts.training.trainer import ValidatingTrainer
 from workflow_scripts.training.validation import Validation
 
 GROUP, TOKENS, STEPS = 4, 8, 2  # the bundled policy thinks for longer than that
-EXPECTED = {"reward_signal": "expected", "importance_sampling_level": "token", "scale_rewards": "none"}
-EXPECTED |= {"rewards": {"format": 0.1}}
 Output = dict[str, Any]
 
 
@@ -38,6 +36,7 @@ def trained(base_manifest: Path, scenes: Any, tmp_path: Path) -> Callable[..., t
     def train(change: Callable[[Output], Output], dtype: str = "float32", **keys: Any) -> tuple[list[Output], Any]:
         keys |= {"steps": STEPS, "group_size": GROUP, "prompts_per_step": 2, "warmup_steps": 0, "validate_every": STEPS}
         keys = {"max_completion_tokens": TOKENS, "temperature": 2} | keys  # hot, so that completions differ
+        keys |= {"reward_signal": "sampled", "scale_rewards": "group"}
         config = TrainGrpo.of(load({"policy": {"dtype": dtype}, "training": {"imagereward": keys}}), "imagereward", 0)
         processor, model = load_processor(base_manifest, config.model), load_model(base_manifest, config.model)
         enable_faster_passes(model, processor)
@@ -161,9 +160,11 @@ def test_expected_rewards_reach_trl_and_credit_thought_and_answer(
     rows = [{"prompt_id": f"p{i}", "prompt": text, "image_ids": list(shown)} for i, (text, shown) in enumerate(scenes)]
     rated = [(item, 1 + i % 7) for i, item in enumerate(pointwise_items(rows, set(images)))]
     compared = [(item, i % 2) for i, item in enumerate(anchor_items(rows, set(images), 0, False))]
+    names = ["exact", "approximate"] if track == "imagereward" else ["exact"]
     keys: dict[str, Any] = {"steps": STEPS, "group_size": GROUP, "prompts_per_step": 4, "gradient_accumulation": 2}
+    keys |= {"rewards": {"format": 0.1} | dict.fromkeys(names, 1.0)}
     keys |= {"warmup_steps": 0, "validate_every": STEPS, "max_completion_tokens": 30, "temperature": 1.5}
-    config = TrainGrpo.of(load({"training": {track: keys | EXPECTED}}), track, 0)
+    config = TrainGrpo.of(load({"training": {track: keys}}), track, 0)
     processor, model = load_processor(base_manifest, config.model), load_model(base_manifest, config.model)
     policy, unused = as_policy(model, processor, config.model), Any
     validation = Validation(config, policy, unused, [], as_in_training(1.5, 30), 0)  # type: ignore[arg-type]
@@ -176,7 +177,6 @@ def test_expected_rewards_reach_trl_and_credit_thought_and_answer(
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert len(logged) == len(trainer.kept) == len(trainer.credited) == STEPS
     credit = {"exact": [1.0], "approximate": [1, 0.75, 0.5]}
-    names = ["exact", "approximate"] if track == "imagereward" else ["exact"]
     opening = policy.tokenizer.convert_tokens_to_ids("<answer>")
     answer_of = dict(zip(policy.answer_token_ids, policy.answers, strict=True))
     valid = 0

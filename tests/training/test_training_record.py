@@ -71,7 +71,7 @@ def test_a_validation_with_one_prompt_leaves_the_error_of_the_selection_open() -
 def test_steps_items_and_epochs(
     training: dict[str, Any], items: int, steps: int, seen: int | None, epochs: float
 ) -> None:
-    t = load({"training": {"hpsv2": training}}).training.hpsv2
+    t = load({"training": {"hpsv2": training | {"validate_every": 4}}}).training.hpsv2
     assert optimizer_steps(t, items) == steps
     found = trained_on(t, steps, items, 3)
     assert found["items_seen"] == seen or (seen is None and 12 <= found["items_seen"] <= 13)
@@ -102,7 +102,8 @@ def test_steps_items_and_epochs(
 def test_a_policy_that_samples_otherwise_than_it_is_trained_is_told(
     dtype: str, generation: str, differences: list[float], expected: str | None
 ) -> None:
-    raw = {"policy": {"dtype": dtype, "device": "cuda"}, "training": {"hpsv2": {"generation": generation}}}
+    training = {"hpsv2": {"generation": generation, "reward_signal": "sampled"}}
+    raw = {"policy": {"dtype": dtype, "device": "cuda"}, "training": training}
     config = TrainGrpo.of(load(raw), "hpsv2", 3)
     warnings: list[str] = []
     training_record(config, history(0.6, 0.5, *differences), 1, warnings.append)

@@ -188,7 +188,8 @@ def test_a_training_with_colocated_vllm(
     """Two steps of the stage: what vLLM is asked and given, and how often the vision tower runs."""
     sizes = {"steps": 2, "prompts_per_step": 4, "group_size": 3, "gradient_accumulation": 4, "validate_every": 2}
     # A rate at which one step changes weights in bfloat16.
-    training = sizes | {"generation": "vllm_colocate", "warmup_steps": 0, "learning_rate": 1e-2}
+    training = sizes | {"generation": "vllm_colocate", "reward_signal": "sampled"}
+    training |= {"warmup_steps": 0, "learning_rate": 1e-2}
     keys = {"policy": {"dtype": "bfloat16", "device": "cuda"}, "training": {"imagereward": training}}
     config = TrainGrpo.of(load(keys), "imagereward", 0)
     config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})

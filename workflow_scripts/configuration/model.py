@@ -89,9 +89,9 @@ class ImageRewardWorld(Section):
 
     seed: int = Field(0, ge=0)
     """Seed of prompts, images and annotators."""
-    train_prompts: int = Field(640, ge=8)
+    train_prompts: int = Field(900, ge=8)
     """Training prompts, 4 to 9 images each."""
-    validation_prompts: int = Field(120, ge=4)
+    validation_prompts: int = Field(350, ge=4)
     """Validation prompts."""
     test_prompts: int = Field(2000, ge=4)
     """Test prompts; see the power estimate in docs/synthetic-world.md."""
@@ -106,7 +106,7 @@ class Hpdv2World(Section):
 
     seed: int = Field(0, ge=0)
     """Seed of prompts, images and annotators."""
-    train_prompts: int = Field(1600, ge=8)
+    train_prompts: int = Field(2900, ge=8)
     """Training prompts, 4 images and 6 pairs each."""
     test_prompts: int = Field(400, ge=4)
     """Test prompts, 9 or 10 images each; the published number is 400."""
@@ -129,7 +129,7 @@ class ImageRewardData(Section):
     """Seed of the hash that orders prompts, for the fraction and for validation and test shards."""
     drop_overlap: bool = True
     """Drop training and validation prompts whose id or text also occurs in the test split (validation: train too)."""
-    validation_prompts: int = Field(120, ge=1)
+    validation_prompts: int = Field(350, ge=1)
     """Validation prompts used during training, first in hash order."""
     test_prompts: int = Field(2000, ge=1)
     """Test prompts used, first in hash order; the published test split has 466."""
@@ -150,7 +150,7 @@ class Hpdv2Data(Section):
     """Seed of the hash that orders prompts and pairs."""
     drop_overlap: bool = True
     """Drop training and validation prompts whose id or text also occurs in the test split."""
-    validation_prompts: int = Field(200, ge=1)
+    validation_prompts: int = Field(250, ge=1)
     """Validation prompts, from the other end of the hash range than the kept ones (HPDv2 has no validation split)."""
     test_prompts: int = Field(400, ge=1)
     """Test prompts used, first in hash order; the published test split has 400."""
@@ -304,18 +304,18 @@ class Prompts(Section):
 class PointwiseRewards(Section):
     """Weights of the rewards for ratings (paper §4)."""
 
-    format: float = Field(1.0, ge=0)
+    format: float = Field(0.1, ge=0)
     """Thought and answer in their tags."""
-    exact: float = Field(1.0, ge=0)
+    exact: float = Field(0.5, ge=0)
     """Answer equals the annotator's rating."""
-    approximate: float = Field(1.0, ge=0)
+    approximate: float = Field(2.0, ge=0)
     """1, 0.75, 0.5 for a distance of 0, 1, 2 from the annotator's rating, else 0."""
 
 
 class PairwiseRewards(Section):
     """Weights of the rewards for pairs (paper §4)."""
 
-    format: float = Field(1.0, ge=0)
+    format: float = Field(0.1, ge=0)
     """Thought and answer in their tags."""
     exact: float = Field(1.0, ge=0)
     """Answer names the preferred image."""
@@ -348,49 +348,49 @@ class TrainingVllm(Section):
 class Training(Section):
     """GRPO with LoRA (paper §2.2); docs/method.md says which key is which symbol of the paper."""
 
-    steps: int | None = Field(100, ge=1)
+    steps: int | None = Field(80, ge=1)
     """Optimizer steps; null, or left out, where `epochs` are given."""
     epochs: float | None = Field(None, gt=0, exclude_if=lambda epochs: epochs is None)
     """Passes over the training items, in place of `steps`; rounded up to whole steps."""
-    prompts_per_step: int = Field(32, ge=1)
+    prompts_per_step: int = Field(64, ge=1)
     """Training items (states s) in one step. With many items and few completions each, the tiny policy learns
-    steadily."""
-    group_size: int = Field(4, ge=2)
+    faster."""
+    group_size: int = Field(2, ge=2)
     """Completions sampled for each item, G."""
     gradient_accumulation: int = Field(1, ge=1)
     """Parts in which one step's completions pass through the model: less memory, the same result up to rounding."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1.2e-3, gt=0)
     """Peak learning rate, reached by linear warm-up."""
     learning_rate_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
     """After the warm-up: constant, or down to zero at the last step."""
     warmup_steps: int = Field(10, ge=0)
     """Steps of warm-up."""
     max_grad_norm: float = Field(0.03, gt=0)
-    """Gradient clipping. The norm of the tiny policy is about 0.015; a single step with 0.2 has ruined a run."""
-    # Omitted from the canonical JSON at the default, to keep old digests; so are `reward_signal`, `vllm` and `keep`.
+    """Gradient clipping. The norm of the tiny policy is about 0.01."""
+    # Omitted from the canonical JSON at the default, to keep old digests; so is `vllm`.
     weight_decay: float = Field(0.0, ge=0, exclude_if=lambda decay: decay == 0)
     """Decay of the adapter's weights by AdamW: in each step, this times the learning rate."""
     adam_beta1: float = Field(0.9, ge=0, lt=1, exclude_if=lambda beta: beta == 0.9)
     """Decay of AdamW's mean of gradients."""
-    adam_beta2: float = Field(0.999, ge=0, lt=1, exclude_if=lambda beta: beta == 0.999)
+    adam_beta2: float = Field(0.99, ge=0, lt=1)
     """Decay of AdamW's mean of squared gradients."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature of the rollouts in training."""
     max_completion_tokens: int = Field(64, ge=8)
     """Longest completion in training; a longer one is cut and earns no format reward."""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
-    """How token losses are averaged; "grpo" is the mean over each completion, then over the group."""
-    # Omitted from the canonical JSON at the default, to keep old digests.
-    reward_signal: Literal["sampled", "expected"] = Field("sampled", exclude_if=lambda signal: signal == "sampled")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    """How token losses are averaged; "dapo": all tokens alike; "grpo": over each completion, then over the group (paper
+    §2.2.2)."""
+    reward_signal: Literal["sampled", "expected"] = "expected"
     """Rewards `exact` and `approximate` of the sampled answer, or their expectation over the distribution of answers,
     whose gradient reaches thought and answer each by its own; see docs/method.md."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "none"
     """Divisor of the advantage: standard deviation sigma of the group (paper §2.2.1), of the batch, or none."""
-    importance_sampling_level: Literal["token", "sequence"] = "sequence"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     """Ratio rho per completion (paper §2.2.2, length-normalised by TRL) or per token."""
     epsilon: float = Field(0.2, gt=0)
     """Clip of the ratio."""
-    beta: float = Field(0.01, ge=0)
+    beta: float = Field(0.12, ge=0)
     """Weight of the KL penalty to the reference policy (the adapter switched off)."""
     num_iterations: int = Field(1, ge=1)
     """Updates on each batch of rollouts; with 1 the ratio is 1 and the clip idle."""
@@ -405,11 +405,11 @@ class Training(Section):
     # Omitted from the canonical JSON at the default, to keep old digests.
     vllm: TrainingVllm = Field(TrainingVllm(), exclude_if=lambda vllm: vllm == TrainingVllm())
     lora: Lora = Lora()
-    validate_every: int = Field(20, ge=1)
+    validate_every: int = Field(40, ge=1)
     """Steps between validations and checkpoints; a multiple of num_iterations."""
     validation_rollouts: int = Field(1, ge=1)
     """Rollouts of each validation item."""
-    keep: Literal["best", "last"] = Field("best", exclude_if=lambda keep: keep == "best")
+    keep: Literal["best", "last"] = "last"
     """Adapter that is kept: the one that validates best, or that of the last step, which is no lucky one of many."""
     collapse_share: float = Field(0.9, gt=0, le=1)
     """A policy that gives one answer in more than this share of its rollouts is reported as collapsed."""
@@ -451,8 +451,18 @@ class PointwiseTraining(Training):
 class PairwiseTraining(Training):
     """Training on pairs of images (HPSv2)."""
 
-    steps: int | None = Field(80, ge=1)
+    steps: int | None = Field(100, ge=1)
     """Optimizer steps; null, or left out, where `epochs` are given."""
+    prompts_per_step: int = Field(40, ge=1)
+    """Training items (states s) in one step."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate, reached by linear warm-up."""
+    max_grad_norm: float = Field(0.02, gt=0)
+    """Gradient clipping. The norm of the tiny policy is about 0.005."""
+    beta: float = Field(0.1, ge=0)
+    """Weight of the KL penalty to the reference policy (the adapter switched off)."""
+    validate_every: int = Field(50, ge=1)
+    """Steps between validations and checkpoints; a multiple of num_iterations."""
     rewards: PairwiseRewards = PairwiseRewards()
 
 

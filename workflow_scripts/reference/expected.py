@@ -6,14 +6,20 @@ python -m workflow_scripts.reference.expected test    # of configs/test.yaml; `d
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
 
 from workflow_scripts.configuration.model import Configuration
 from workflow_scripts.configuration.overlays import read_configuration
 from workflow_scripts.files.paths import ROOT
 from workflow_scripts.files.writing import write_json
+from workflow_scripts.policy.manifest import ADAPTER
 from workflow_scripts.reporting.expectation import (
     EXPECTED,
     KEYS,
@@ -25,6 +31,8 @@ from workflow_scripts.reporting.expectation import (
     settings_digest,
 )
 from workflow_scripts.running.command_line import tell_briefly
+
+TRAININGS, VALIDATION = "trainings.csv", "eval_soft_pair_accuracy"
 
 
 class SeveralProcessorsError(ValueError):
@@ -38,6 +46,21 @@ def configuration_of(name: str) -> Configuration:
         ConfigurationError: there is no such overlay.
     """
     return read_configuration([] if name == "default" else [ROOT / "configs" / f"{name}.yaml"])
+
+
+def training_in_short(name: str, results: Path) -> dict[str, Any]:
+    """What tells a stable training: its largest KL divergence, gradient norms, and every validation with its error."""
+    track, seed = Path(name).parts[1:3]
+    history = json.loads((results / name).with_name("training.json").read_text(encoding="utf-8"))["history"]
+    gradients = [entry["grad_norm"] for entry in history if "grad_norm" in entry]
+    row: dict[str, Any] = {"track": track, "seed": seed.removeprefix("seed")}
+    row |= {"largest_kl": max(entry["kl"] for entry in history if "kl" in entry)}
+    row |= {"median_gradient": median(gradients), "largest_gradient": max(gradients)}
+    for entry in history:
+        if VALIDATION in entry:
+            name = f"validation@{entry['step']}"
+            row |= {name: entry[VALIDATION], f"{name}_se": entry[f"{VALIDATION}_se"]}
+    return row
 
 
 def write_expectation(configuration: Configuration, results: Path, folder: Path) -> None:
@@ -57,6 +80,9 @@ def write_expectation(configuration: Configuration, results: Path, folder: Path)
     folder.mkdir(parents=True, exist_ok=True)
     for table in KEYS:
         shutil.copyfile(results / f"{table}.csv", folder / f"{table}.csv")
+    adapters = [name for name in files if name.endswith(ADAPTER)]
+    trainings = pd.DataFrame([training_in_short(name, results) for name in adapters])
+    trainings.round(5).to_csv(folder / TRAININGS, index=False)
     settings, digests = settings_digest(configuration), file_digests(results, files)
     write_json(folder / RUN, {"settings": settings, "processor": processor, "files": digests})
 

@@ -46,7 +46,7 @@ CHOSEN: dict[str, Any] = {
 # What other keys of its section must be where a key of training has another value.
 NEEDED: dict[str, dict[str, Any]] = {
     "epochs": {"steps": None},
-    "reward_signal": {"importance_sampling_level": "token", "scale_rewards": "none"},
+    **{key: {"reward_signal": "sampled"} for key in ("scale_rewards", "importance_sampling_level", "generation")},
 }
 # Configurations that between them use every rule.
 SOURCES: list[dict[str, Any]] = [

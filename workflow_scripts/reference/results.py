@@ -111,6 +111,22 @@ def failing_claims(folder: Path) -> str:
     return f"{counted}; these do not:\n\n{markdown(shown, 'l' * 6)}" if shown else f"{counted}."
 
 
+def trainings(folder: Path) -> str:
+    """Validations of every training with their standard errors, the largest KL divergence, and gradient norms."""
+    shown = []
+    for row in rows(folder, "trainings"):
+        of = {name: float(value) for name, value in row.items() if value and name != "track"}
+        steps = [name.removesuffix("_se") for name in of if name.endswith("_se")]
+        validations = [f"{100 * of[step]:.1f} ± {100 * of[f'{step}_se']:.1f} ({step.split('@')[1]})" for step in steps]
+        median, largest = of["median_gradient"], of["largest_gradient"]
+        shown.append(
+            {"": PROTOCOLS[row["track"]], "seed": row["seed"], "validation (step)": ", ".join(validations)}
+            | {"largest KL": f"{of['largest_kl']:.3f}", "median gradient": f"{median:.4f}"}
+            | {"largest gradient": f"{largest:.4f}, {largest / median:.1f} ×"}
+        )
+    return markdown(shown, "lllrrr")
+
+
 # Name of a part: the expectation that it shows, and its text.
 PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "table1": ("default", table1),
@@ -118,6 +134,7 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "table2": ("default", table2),
     "failing_claims": ("default", failing_claims),
     "gains": ("three_seeds", gains),
+    "trainings": ("three_seeds", trainings),
     "failing_claims_of_three_seeds": ("three_seeds", failing_claims),
 }
 
