@@ -26,7 +26,7 @@ from workflow_scripts.training.trainer import CheckWrapper, ValidatingTrainer
 
 ITEMS, GROUP = 4, 4
 SMALL = {"steps": 1, "prompts_per_step": ITEMS, "group_size": GROUP, "warmup_steps": 0, "max_grad_norm": 1e9}
-SMALL |= {"reward_signal": "sampled", "scale_rewards": "group"}
+SMALL |= {"learning_rate": 1e-3, "reward_signal": "sampled", "scale_rewards": "group"}
 
 
 class Gradients(TrainerCallback):
