@@ -316,7 +316,7 @@ def test_a_step_of_more_items_than_there_are_is_refused(
 ) -> None:
     train, validation = (odd_inputs(tmp_path, base_manifest, with_sidecar, split) for split in ("train", "validation"))
     config = TrainGrpo.of(Configuration(), "imagereward", 0)
-    with pytest.raises(SchemaError, match="there are 19 training items; lower prompts_per_step, 32, to at most that"):
+    with pytest.raises(SchemaError, match="there are 19 training items; lower prompts_per_step, 64, to at most that"):
         run_main("train_grpo", config, **training_files(train, validation, tmp_path))
 
 

@@ -30,7 +30,7 @@ def test_a_handful_of_parameters_tells_runs_apart() -> None:
     configuration = Configuration()
     training = TrainGrpo.of(configuration, "imagereward", 1).model_dump(mode="json")
     shown = pages.chosen_params(training)
-    assert {"track": "imagereward", "seed": "1", "training.learning_rate": "0.001"}.items() <= shown.items()
+    assert {"track": "imagereward", "seed": "1", "training.learning_rate": "0.0012"}.items() <= shown.items()
     assert len(shown) <= 20 < len(pages.flat(training))
     rollouts = GenerateRollouts.of(configuration, "hpsv2", "grpo", "hpsv2", 0, 1, 2).model_dump(mode="json")
     assert {"shard": "1", "block": "2", "policy": "grpo"}.items() <= pages.chosen_params(rollouts).items()

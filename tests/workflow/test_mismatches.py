@@ -53,7 +53,7 @@ def test_changed_settings_without_a_record_are_refused(copied: Workflow) -> None
     shutil.rmtree(copied.folder / ".snakemake")
     assert "Nothing to be done" in copied.snakemake("-n")
     said = refused(copied, "-n", rate=True)
-    assert f"results/test/{TRAINED}: made with training.learning_rate = 0.001, now 0.0005" in said, said
+    assert f"results/test/{TRAINED}: made with training.learning_rate = 0.002, now 0.0005" in said, said
     assert "verify --remove" in said
     code, said = verify_results(copied, "--remove", overlay=OTHER_RATE)
     assert code == 1 and TRAINED in said and f"made from results/test/{TRAINED}" in said
