@@ -1,4 +1,4 @@
-"""Compare CPU seconds of a GRPO step: the plain TRL trainer and the defaults, same data, seed and rewards.
+"""Compare CPU seconds of a GRPO step: the plain TRL trainer and this project's loop and passes, on sampled answers.
 
 python -m benchmarks.grpo_step              # results/grpo_step.csv
 python -m benchmarks.grpo_step --phases     # results/grpo_phases.csv: time by phase of a step

@@ -128,9 +128,21 @@ def test_expected_rewards_are_refused_where_no_distribution_is_recorded(generati
     assert load(GPU | {"tracks": ["imagereward"], "training": {"hpsv2": track}})
 
 
-@pytest.mark.parametrize(("key", "value"), [("importance_sampling_level", "sequence"), ("scale_rewards", "batch")])
-def test_expected_rewards_are_refused_where_the_answer_has_no_advantage_of_its_own(key: str, value: str) -> None:
-    wanted = f"training.hpsv2: reward_signal expected .* needs {key} .*; it is {value}: set it so, or "
+def test_trainings_on_sampled_and_on_expected_answers_are_told_apart() -> None:
+    sampled, expected = (TrainGrpo.of(training(reward_signal=signal), "hpsv2", 0) for signal in ("sampled", "expected"))
+    for config in (sampled, expected):
+        assert TrainGrpo.model_validate_json(config.canonical()) == config
+    assert sampled != expected and sampled.canonical() != expected.canonical()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [("importance_sampling_level", "sequence", "token"), ("scale_rewards", "batch", "none")],
+)
+def test_expected_rewards_are_refused_where_the_answer_has_no_advantage_of_its_own(
+    key: str, value: str, needed: str
+) -> None:
+    wanted = f"training.hpsv2: reward_signal expected .* needs {key} {needed}; it is {value}: set it so, or "
     with pytest.raises(ConfigurationError, match=wanted):
         load({"training": {"hpsv2": {key: value}}})
 

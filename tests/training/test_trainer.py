@@ -36,7 +36,7 @@ def trained(base_manifest: Path, scenes: Any, tmp_path: Path) -> Callable[..., t
     def train(change: Callable[[Output], Output], dtype: str = "float32", **keys: Any) -> tuple[list[Output], Any]:
         keys |= {"steps": STEPS, "group_size": GROUP, "prompts_per_step": 2, "warmup_steps": 0, "validate_every": STEPS}
         keys = {"max_completion_tokens": TOKENS, "temperature": 2} | keys  # hot, so that completions differ
-        keys |= {"reward_signal": "sampled", "scale_rewards": "group"}
+        keys |= {"reward_signal": "sampled", "scale_rewards": "group", "importance_sampling_level": "sequence"}
         config = TrainGrpo.of(load({"policy": {"dtype": dtype}, "training": {"imagereward": keys}}), "imagereward", 0)
         processor, model = load_processor(base_manifest, config.model), load_model(base_manifest, config.model)
         enable_faster_passes(model, processor)
